@@ -1,0 +1,47 @@
+"""Softmax attention over given queries, keys and values: the readable code, and PyTorch's fused one.
+
+Shape legend: g any leading axes, m heads, q queries, k keys, d channels of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+
+def attend(
+    q: Float[Tensor, "*g m q d"],
+    k: Float[Tensor, "*g m k d"],
+    v: Float[Tensor, "*g m k e"],
+    scale: float,
+    bias: Float[Tensor, "..."] | None = None,
+    impl: str = "reference",
+) -> Float[Tensor, "*g m q e"]:
+    """softmax(q k^T * scale + bias) v, with ``bias`` broadcast to the scores and -inf where a key is masked."""
+    if impl == "sdpa":
+        return _fused(q, k, v, scale, bias)
+    scores = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        scores = scores + bias
+    return torch.softmax(scores, dim=-1) @ v
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    # PyTorch's fused kernels take exactly one batch axis; with more they fall back to the unfused code.
+    lead = q.shape[:-3]
+    q, k, v = (t.reshape(-1, *t.shape[-3:]) for t in (q, k, v))
+    if bias is not None:
+        bias = bias.expand(*lead, *bias.shape[-3:]).reshape(-1, *bias.shape[-3:])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return out.reshape(*lead, *out.shape[1:])
+
+
+def split_heads(x: Float[Tensor, "*g n d"], heads: int) -> Float[Tensor, "*g m n e"]:
+    """Channels to (heads, channels of a head), heads before tokens."""
+    return rearrange(x, "... n (m e) -> ... m n e", m=heads)
+
+
+def merge_heads(x: Float[Tensor, "*g m n e"]) -> Float[Tensor, "*g n d"]:
+    """Undo :func:`split_heads`."""
+    return rearrange(x, "... m n e -> ... n (m e)")

@@ -1,0 +1,166 @@
+"""Bi-Level Routing Attention: the module, its options and its cost. The mathematics is in ``reference``.
+
+Shape legend: b batch, h w grid, p regions (S x S, row-major), k routed regions, c channels.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from attention_zoo import regions
+from attention_zoo.bra import reference
+from attention_zoo.bra.kv_downsample import KVDownsample, Mode
+from attention_zoo.bra.routing import Router, auto_regions_per_side
+from attention_zoo.contract import Attention, Impl, InvalidOption, Macs
+from attention_zoo.lepe import depthwise
+from attention_zoo.options import AtLeast0, AtLeast1
+from attention_zoo.registry import register
+
+
+class QKVLinear(nn.Module):
+    """One linear map to queries, keys (qk_dim channels each) and values (dim channels)."""
+
+    def __init__(self, dim: int, qk_dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 2 * qk_dim + dim)
+
+    def forward(self, x: Float[Tensor, "*g c"]) -> Float[Tensor, "*g e"]:
+        return self.qkv(x)
+
+
+@register("bra")
+class BiLevelRoutingAttention(Attention):
+    """Each region of queries attends to the tokens of its ``topk`` most related regions (BiFormer, section 3.2).
+
+    Args:
+        n_win: regions per side S; ``auto`` takes the S that minimises the cost (section 3.3) for each input.
+        topk: routed regions per query region, at most S * S.
+        qk_dim: channels of queries and keys, default ``dim``.
+        qk_scale: scale of the scores, default ``qk_dim ** -0.5`` (not head_dim).
+        kv_downsample_mode: how a region's keys and values are reduced before they are gathered.
+        kv_per_win: ada_*: a region's keys and values become kv_per_win x kv_per_win tokens.
+        kv_downsample_ratio: avgpool, maxpool, conv, fracpool: the reduction per side.
+        kv_downsample_kernel: conv, fracpool: the kernel, default the ratio.
+        param_attention: ``qkvo`` projects q, k, v and the output; ``qkv`` leaves the output as it is.
+        param_routing: put a linear map on the region descriptors; needs diff_routing.
+        diff_routing: let gradients flow through the routing scores. Without soft_routing the forward pass is
+            unchanged and the gradient is the soft one (a straight-through estimator).
+        soft_routing: scale the gathered keys and values by the softmax of their routing scores.
+        side_dwconv: kernel of the depthwise convolution of the values that is added to the output (LePE); 0: none.
+        auto_pad: zero-pad the bottom and right of a grid that S does not divide; else such a grid is refused.
+        mask_padding: leave that padding out of descriptors, pooling, attention and LePE. The published code,
+            and the default here, attends to it.
+    """
+
+    citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
+    impls = ("reference",)
+    smallest = {"n_win": 2, "topk": 1, "side_dwconv": 3}
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        impl: Impl = "auto",
+        *,
+        n_win: AtLeast1 | Literal["auto"] = 7,
+        topk: AtLeast1 = 4,
+        qk_dim: AtLeast1 | None = None,
+        qk_scale: float | None = None,
+        kv_downsample_mode: Mode = "identity",
+        kv_per_win: AtLeast1 = 4,
+        kv_downsample_ratio: AtLeast1 = 4,
+        kv_downsample_kernel: AtLeast1 | None = None,
+        param_attention: Literal["qkvo", "qkv"] = "qkvo",
+        param_routing: bool = False,
+        diff_routing: bool = False,
+        soft_routing: bool = False,
+        side_dwconv: AtLeast0 = 3,
+        auto_pad: bool = False,
+        mask_padding: bool = False,
+    ) -> None:
+        super().__init__(dim, num_heads, impl)
+        self.qk_dim = qk_dim or dim
+        _check(self.qk_dim, num_heads, n_win, topk, param_routing, diff_routing)
+        self.n_win, self.topk = n_win, topk
+        self.scale = qk_scale or self.qk_dim**-0.5
+        self.soft_routing, self.diff_routing = soft_routing, diff_routing
+        self.auto_pad, self.mask_padding = auto_pad, mask_padding
+        self.qkv = QKVLinear(dim, self.qk_dim)
+        self.router = Router(self.qk_dim, topk, self.scale, param_routing, diff_routing)
+        self.kv_down = KVDownsample(
+            self.qk_dim + dim, kv_downsample_mode, kv_per_win, kv_downsample_ratio, kv_downsample_kernel
+        )
+        self.lepe = depthwise(dim, side_dwconv, "side_dwconv") if side_dwconv else None
+        self.wo = nn.Linear(dim, dim) if param_attention == "qkvo" else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return self.forward_with_routes(x)[0]
+
+    def forward_with_routes(
+        self, x: Float[Tensor, "b h w c"]
+    ) -> tuple[Float[Tensor, "b h w c"], Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
+        """The output, and for each query region the indices of its routed regions and their weights, best first."""
+        self.chosen_impl(x)
+        height, width = x.shape[1:3]
+        side = self.regions_per_side(height, width)
+        padded = regions.pad_to_multiple(x, side, side)
+        valid = None
+        if self.mask_padding and padded is not x:
+            valid = regions.inside(height, width, (padded.shape[1], padded.shape[2]), x.device)
+        out, index, weight = reference.forward(self, padded, side, valid)
+        return regions.crop(self.wo(out), height, width), index, weight
+
+    def routes(self, x: Float[Tensor, "b h w c"]) -> tuple[Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
+        """The routed regions of each query region and their weights: softmax over the k routing scores."""
+        with torch.no_grad():
+            return self.forward_with_routes(x)[1:]
+
+    def regions_per_side(self, height: int, width: int) -> int:
+        """S for a grid of this size.
+
+        Raises:
+            InvalidOption: S does not divide the grid and auto_pad is off, or the regions are too small for the
+                kv downsampling.
+        """
+        if self.n_win == "auto":
+            side = auto_regions_per_side(height, width, self.topk, self.auto_pad)
+        else:
+            side = self.n_win
+        if not self.auto_pad and (height % side or width % side):
+            raise InvalidOption(
+                f"n_win={side} does not divide the {height} x {width} grid; "
+                f"pass auto_pad=True or a common divisor of both sides"
+            )
+        self.kv_down.out_size(-(-height // side), -(-width // side))
+        return side
+
+    def macs(self, height: int, width: int) -> Macs:
+        side = self.regions_per_side(height, width)
+        region = -(-height // side), -(-width // side)
+        tokens = side**2 * region[0] * region[1]
+        output = 0 if isinstance(self.wo, nn.Identity) else self.dim**2
+        lepe = 0 if self.lepe is None else self.dim * self.lepe.kernel_size[0] ** 2
+        return Macs(
+            projection=tokens * (self.dim * (2 * self.qk_dim + self.dim) + output),
+            routing=self.router.macs(side**2),
+            attention=int(tokens * self.kv_tokens_per_query(height, width) * (self.qk_dim + self.dim)),
+            local_conv=tokens * lepe + side**2 * self.kv_down.macs(*region),
+        )
+
+    def kv_tokens_per_query(self, height: int, width: int) -> float:
+        side = self.regions_per_side(height, width)
+        kv_height, kv_width = self.kv_down.out_size(-(-height // side), -(-width // side))
+        return self.topk * kv_height * kv_width
+
+
+def _check(
+    qk_dim: int, num_heads: int, n_win: int | str, topk: int, param_routing: bool, diff_routing: bool
+) -> None:
+    if qk_dim % num_heads:
+        raise InvalidOption(f"qk_dim={qk_dim} is not divisible by num_heads={num_heads}")
+    if isinstance(n_win, int) and topk > n_win**2:
+        raise InvalidOption(f"topk={topk} exceeds the {n_win**2} regions of n_win={n_win}; valid: 1 to {n_win**2}")
+    if param_routing and not diff_routing:
+        raise InvalidOption("param_routing=True needs diff_routing=True: nothing else would train it")

@@ -1,0 +1,76 @@
+"""Region-to-region routing: which regions each region attends to.
+
+Shape legend: b batch, p query regions, r key regions, k routed regions, c channels of queries and keys.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from attention_zoo.contract import InvalidOption
+
+
+class Router(nn.Module):
+    """Top-k regions by the product of region descriptors (BiFormer, eq. 3-4).
+
+    Args:
+        qk_dim: channels of the descriptors.
+        topk: how many regions each region is routed to.
+        scale: factor of the query descriptors.
+        param_routing: put one learned linear map on both descriptors first.
+        diff_routing: keep the gradient; else descriptors are detached.
+    """
+
+    def __init__(self, qk_dim: int, topk: int, scale: float, param_routing: bool, diff_routing: bool) -> None:
+        super().__init__()
+        self.qk_dim, self.topk, self.scale, self.diff_routing = qk_dim, topk, scale, diff_routing
+        self.emb = nn.Linear(qk_dim, qk_dim) if param_routing else nn.Identity()
+
+    def forward(
+        self, q: Float[Tensor, "b p c"], k: Float[Tensor, "b r c"], empty: Bool[Tensor, " r"] | None = None
+    ) -> tuple[Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
+        """Indices of the routed regions, best first, and the softmax over their scores.
+
+        Args:
+            q, k: descriptors of the regions' queries and keys.
+            empty: key regions that hold nothing but masked padding; they come last, with weight 0.
+        """
+        if not self.diff_routing:
+            q, k = q.detach(), k.detach()
+        scores = (self.emb(q) * self.scale) @ self.emb(k).transpose(-2, -1)
+        if empty is not None:
+            scores = scores.masked_fill(empty, float("-inf"))
+        best, index = torch.topk(scores, self.topk, dim=-1)
+        return index, torch.softmax(best, dim=-1)
+
+    def macs(self, count: int) -> int:
+        """Multiply-accumulates for ``count`` regions."""
+        embedding = 0 if isinstance(self.emb, nn.Identity) else 2 * count * self.qk_dim**2
+        return count**2 * self.qk_dim + embedding
+
+
+def optimal_regions_per_side(tokens: int, topk: int) -> float:
+    """The S that minimises BRA's cost for ``tokens`` tokens: (topk * tokens ** 2 / 2) ** (1 / 6) (section 3.3)."""
+    return (topk * tokens**2 / 2) ** (1 / 6)
+
+
+def auto_regions_per_side(height: int, width: int, topk: int, any_size: bool) -> int:
+    """The whole S nearest (by ratio) to the optimum that has at least ``topk`` regions.
+
+    ``any_size`` admits an S that does not divide the grid, for a grid that will be padded.
+
+    Raises:
+        InvalidOption: no such S exists.
+    """
+    best = optimal_regions_per_side(height * width, topk)
+    sides = [
+        side
+        for side in range(1, min(height, width) + 1)
+        if side**2 >= topk and (any_size or not (height % side or width % side))
+    ]
+    if not sides:
+        raise InvalidOption(
+            f"n_win='auto': no common divisor S of a {height} x {width} grid has S * S >= topk={topk}; "
+            f"pass auto_pad=True or a smaller topk"
+        )
+    return min(sides, key=lambda side: max(side / best, best / side))

@@ -1,0 +1,156 @@
+"""Memory of one step: predicted without a device, and measured on one.
+
+Predicted and measured bytes are both *allocated* bytes, the base (parameters, buffers, input, output gradient)
+included; an allocator may reserve more.
+"""
+
+import gc
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from profiling.scratch import Call, bound, is_opaque, memory_events, peak_of, scratch
+from profiling.workload import Workload
+
+CUDA_BLOCK = 512
+"""Bytes to which PyTorch's CUDA allocator rounds every allocation."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one step: before it, at its peak, and what the allocator held (CUDA only)."""
+
+    base: int
+    peak: int
+    reserved: int | None = None
+
+
+class Allocations(TorchDispatchMode):
+    """Follows every storage that an operator makes, from its birth to its last reference."""
+
+    def __init__(self, granularity: int) -> None:
+        super().__init__()
+        self.granularity = granularity
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.finalize] = {}
+        self._opaque: dict[Call, int] = {}
+
+    def know(self, tensor: Tensor) -> None:
+        """Take note of a storage that was there before, or has just been made."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = -(-storage.nbytes() // self.granularity) * self.granularity
+        self.live += size
+        self._known[key] = weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.live -= size
+        del self._known[key]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in IN_PLACE_IN_BACKWARD and torch._C._current_graph_task_id() >= 0:
+            func = IN_PLACE_IN_BACKWARD[func]
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.know(leaf)
+        self.peak = max(self.peak, self.live)
+        if is_opaque(func):
+            call = Call.of(func, args, kwargs or {})
+            self._opaque[call] = max(self._opaque.get(call, 0), self.live)
+        return out
+
+    def peak_with_scratch(self) -> int:
+        """The peak, counting what kernels allocate inside themselves; to be asked outside of any mode."""
+        peak = self.peak
+        for call, live in sorted(self._opaque.items(), key=lambda item: -item[1]):
+            if live + bound(call) > peak:
+                peak = max(peak, live + scratch(call))
+        return peak
+
+
+_aten = torch.ops.aten
+IN_PLACE_IN_BACKWARD = {
+    _aten.scatter_add.default: _aten.scatter_add_.default,
+    _aten.scatter.src: _aten.scatter_.src,
+    _aten.scatter.value: _aten.scatter_.value,
+    _aten.index_put.default: _aten.index_put_.default,
+    _aten.index_add.default: _aten.index_add_.default,
+}
+"""PyTorch's derivative formulas write into fresh zeros in place, except under a mode such as ours, where they copy."""
+
+
+def predict(work: Workload, device: str = "cpu") -> Memory:
+    """Peak bytes of one step of ``work`` on ``device``, without running a kernel or touching the device.
+
+    The module may be on any device, ``meta`` included; nothing of it is copied. Every operator runs on shapes
+    alone and its storages are followed through forward and backward, so any resolution costs the same.
+    """
+    tracker = Allocations(CUDA_BLOCK if device.startswith("cuda") else 1)
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        # On "cpu" for every device: a fake CUDA tensor needs a PyTorch that was built with CUDA.
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        return fakes.setdefault(id(tensor), like.requires_grad_(tensor.requires_grad))
+
+    with FakeTensorMode():
+        state = {name: fake(t) for name, t in _state(work.module)}
+        grad = None if work.grad is None else fake(work.grad)
+        x = fake(work.x).detach()
+        with _reparametrize_module(work.module, state):
+            imitation = Workload(work.module, x, work.mode, work.dtype, grad=grad)
+            del x
+            for tensor in (*fakes.values(), imitation.x):
+                tracker.know(tensor)
+            tracker.peak = base = tracker.live
+            with imitation.settings(), tracker:
+                imitation.step()
+    return Memory(base, tracker.peak if device.startswith("cuda") else tracker.peak_with_scratch())
+
+
+def measure(work: Workload) -> Memory:
+    """Peak bytes of one step of ``work`` on its own device, after a step that warms the allocator up."""
+    with work.settings():
+        work.step()
+        gc.collect()
+        return (_measure_cuda if work.x.is_cuda else _measure_cpu)(work)
+
+
+def _measure_cpu(work: Workload) -> Memory:
+    base = work.base_bytes()
+    _forget_gradients(work)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work.step()
+    return Memory(base, base + peak_of(memory_events(profiler)))
+
+
+def _measure_cuda(work: Workload) -> Memory:
+    device = work.x.device
+    _forget_gradients(work)
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work.step()
+    torch.cuda.synchronize(device)
+    return Memory(base, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+
+
+def _forget_gradients(work: Workload) -> None:
+    work.x.grad = None
+    work.module.zero_grad(set_to_none=True)
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]

@@ -1,0 +1,162 @@
+"""Scratch memory that a CPU kernel allocates and frees inside one operator, where no dispatch mode sees it.
+
+What oneDNN's convolutions and PyTorch's fused attention allocate depends on the processor, the thread count
+and thresholds inside them. So it is read off the kernel itself: the same operator runs once on a shrunken
+input, whose scratch is that of the full one (attention) or grows linearly with the pixels (convolution).
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+_aten = torch.ops.aten
+Shrunk = tuple[int, tuple[Any, ...], dict[str, Any]]
+"""Size that the scratch is linear in, arguments, keyword arguments."""
+SIDE = 56
+"""A convolution of more pixels per side is probed at this size and half of it."""
+LENGTH = 1024
+"""A longer sequence is probed at this length: beyond it, the CPU kernel works in blocks of constant size."""
+
+
+class Spec(NamedTuple):
+    """Shape, layout and type of a tensor argument."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def make(self, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of another shape, with the axes in the same order in memory."""
+        order = sorted(range(len(shape)), key=lambda axis: (-self.stride[axis], axis))
+        dense = torch.zeros([shape[axis] for axis in order], dtype=self.dtype)
+        return dense.permute([order.index(axis) for axis in range(len(shape))])
+
+
+class Call(NamedTuple):
+    """An operator and its arguments, tensors by their Spec: enough to run it again at another size."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        return cls(func, tuple(map(_freeze, args)), tuple((k, _freeze(v)) for k, v in kwargs.items()))
+
+
+def is_opaque(func: Any) -> bool:
+    """Whether the operator's kernel has scratch that is not to be seen from outside."""
+    return func in _SHRINK
+
+
+def bound(call: Call) -> int:
+    """More bytes than the call's scratch can be; cheap, so that most calls need no probe."""
+    if call.func in (_aten.convolution.default, _aten.convolution_backward.default):
+        sizes = [torch.Size(a.shape).numel() * a.dtype.itemsize for a in call.args if isinstance(a, Spec)]
+        weight = sizes[-1] if call.func is _aten.convolution_backward.default else sizes[1]
+        return 4 * sum(sizes) + 300 * weight
+    return torch.get_num_threads() * (16 << 20)
+
+
+@cache
+def scratch(call: Call) -> int:
+    """Bytes that the call's kernel allocates beyond what it leaves allocated."""
+    points = [(size, _probe(call.func, args, kwargs)) for size, args, kwargs in _SHRINK[call.func](call)]
+    if len(points) == 1:
+        return points[0][1]
+    (n1, s1), (n2, s2) = points
+    return round(s2 + (s2 - s1) / (n2 - n1) * (_pixels(call) - n2))
+
+
+def memory_events(profiler: profile) -> list[int]:
+    """Bytes of every allocation (positive) and release (negative) that a profiler with profile_memory saw."""
+    kineto = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = [event for event in kineto.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak_of(events: list[int]) -> int:
+    """The highest running sum."""
+    live = peak = 0
+    for nbytes in events:
+        live += nbytes
+        peak = max(peak, live)
+    return peak
+
+
+def _probe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    func(*args, **kwargs)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = func(*args, **kwargs)
+    events = memory_events(profiler)
+    del kept
+    return peak_of(events) - sum(events)
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return Spec(tuple(value.shape), tuple(value.stride()), value.dtype)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _pixels(call: Call) -> int:
+    x = _input(call)
+    return x.shape[0] * x.shape[2] * x.shape[3]
+
+
+
+def _input(call: Call) -> Spec:
+    return call.args[1 if call.func is _aten.convolution_backward.default else 0]
+
+
+def _small_convolutions(call: Call) -> list[Shrunk]:
+    x = _input(call)
+    small = max(x.shape[2:]) <= SIDE
+    return [_convolution(call, side) for side in ((max(x.shape[2:]),) if small else (SIDE // 2, SIDE))]
+
+
+def _convolution(call: Call, side: int) -> Shrunk:
+    x = _input(call)
+    shape = (*x.shape[:2], min(x.shape[2], side), min(x.shape[3], side))
+    pixels = shape[0] * shape[2] * shape[3]
+    if call.func is _aten.convolution.default:
+        weight, bias, *rest = call.args[1:]
+        return pixels, (x.make(shape), _dense(weight), _dense(bias), *map(_thaw, rest)), {}
+    grad, _, weight, bias, stride, padding, dilation, *rest = call.args
+    out = tuple(
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    )
+    tensors = grad.make((*grad.shape[:2], *out)), x.make(shape), _dense(weight)
+    return pixels, (*tensors, *map(_thaw, (bias, stride, padding, dilation, *rest))), {}
+
+
+def _small_attention(call: Call) -> list[Shrunk]:
+    def shrink(value: Any) -> Any:
+        if not isinstance(value, Spec):
+            return _thaw(value)
+        if len(value.shape) == 4:
+            return value.make((1, 1, min(value.shape[2], LENGTH), min(value.shape[3], LENGTH)))
+        return value.make((1, 1, min(value.shape[2], LENGTH)))
+
+    return [(0, tuple(map(shrink, call.args)), {name: shrink(value) for name, value in call.kwargs})]
+
+
+def _dense(spec: Spec | None) -> Tensor | None:
+    return None if spec is None else spec.make(spec.shape)
+
+
+def _thaw(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+_SHRINK: dict[Any, Callable[[Call], list[Shrunk]]] = {
+    _aten.convolution.default: _small_convolutions,
+    _aten.convolution_backward.default: _small_convolutions,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: _small_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _small_attention,
+}

@@ -1,0 +1,80 @@
+"""One step of work on a module: what every meter runs."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Mode = Literal["forward", "forward_backward"]
+Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
+AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Workload:
+    """A module, its input, and the step to be counted, predicted, checked and timed.
+
+    A ``forward`` step runs without gradients. A ``forward_backward`` step starts without gradients on
+    the parameters, runs the module, and sends a given gradient back to the input and every parameter.
+
+    Args:
+        module: any module from one tensor to one tensor.
+        x: its input.
+        mode: which step.
+        dtype: fp64 and fp32 run as they are; tf32 lets fp32 matrix products round their inputs; bf16 and
+            fp16 run under autocast, parameters staying fp32.
+        deterministic: refuse or replace kernels whose result may change from run to run.
+        grad: the gradient of the output, for forward_backward; random numbers if not given.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        mode: Mode = "forward",
+        dtype: Dtype = "fp32",
+        deterministic: bool = False,
+        grad: Tensor | None = None,
+    ) -> None:
+        self.module, self.mode, self.dtype, self.deterministic = module, mode, dtype, deterministic
+        self.x = x.detach().requires_grad_(mode == "forward_backward" and x.is_floating_point())
+        self.grad = grad
+        if mode == "forward_backward" and grad is None:
+            with self.settings(), torch.no_grad():
+                self.grad = torch.randn_like(module(self.x))
+
+    def step(self) -> Tensor:
+        """Run once. The caller holds :meth:`settings` around any number of steps."""
+        if self.mode == "forward":
+            with torch.no_grad():
+                return self.module(self.x)
+        self.x.grad = None
+        for parameter in self.module.parameters():
+            parameter.grad = None
+        out = self.module(self.x)
+        out.backward(self.grad)
+        return out
+
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """The numerical settings of this workload, restored on exit."""
+        precision = torch.get_float32_matmul_precision()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        with ExitStack() as stack:
+            stack.callback(torch.set_float32_matmul_precision, precision)
+            stack.callback(torch.use_deterministic_algorithms, deterministic)
+            torch.set_float32_matmul_precision("high" if self.dtype == "tf32" else "highest")
+            torch.use_deterministic_algorithms(self.deterministic)
+            if self.dtype in AUTOCAST:
+                # The cache would keep casts of the weights alive between steps.
+                stack.enter_context(
+                    torch.autocast(self.x.device.type, dtype=AUTOCAST[self.dtype], cache_enabled=False)
+                )
+            yield
+
+    def base_bytes(self) -> int:
+        """Bytes that are there before the step: parameters, buffers, input and output gradient, each storage once."""
+        tensors = [*self.module.parameters(), *self.module.buffers(), self.x]
+        tensors += [] if self.grad is None else [self.grad]
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
