@@ -109,7 +109,9 @@ def predict(work: Workload, device: str = "cpu") -> Memory:
         grad = None if work.grad is None else fake(work.grad)
         x = fake(work.x).detach()
         with _reparametrize_module(work.module, state):
-            imitation = Workload(work.module, x, work.mode, work.dtype, grad=grad)
+            imitation = Workload(
+                work.module, x, work.mode, work.dtype, grad=grad, input_gradient=work.input_gradient
+            )
             del x
             for tensor in (*fakes.values(), imitation.x):
                 tracker.know(tensor)

@@ -26,6 +26,7 @@ class Workload:
             fp16 run under autocast, parameters staying fp32.
         deterministic: refuse or replace kernels whose result may change from run to run.
         grad: the gradient of the output, for forward_backward; random numbers if not given.
+        input_gradient: whether forward_backward computes the input's gradient too, as inside a network.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class Workload:
         dtype: Dtype = "fp32",
         deterministic: bool = False,
         grad: Tensor | None = None,
+        input_gradient: bool = True,
     ) -> None:
         self.module, self.mode, self.dtype, self.deterministic = module, mode, dtype, deterministic
-        self.x = x.detach().requires_grad_(mode == "forward_backward" and x.is_floating_point())
+        self.input_gradient = input_gradient and mode == "forward_backward" and x.is_floating_point()
+        self.x = x.detach().requires_grad_(self.input_gradient)
         self.grad = grad
         if mode == "forward_backward" and grad is None:
             with self.settings(), torch.no_grad():
@@ -66,7 +69,7 @@ class Workload:
             stack.callback(torch.use_deterministic_algorithms, deterministic)
             torch.set_float32_matmul_precision("high" if self.dtype == "tf32" else "highest")
             torch.use_deterministic_algorithms(self.deterministic)
-            if self.dtype in AUTOCAST:
+            if self.dtype in AUTOCAST and not self.x.is_meta:
                 # The cache would keep casts of the weights alive between steps.
                 stack.enter_context(
                     torch.autocast(self.x.device.type, dtype=AUTOCAST[self.dtype], cache_enabled=False)

@@ -1,0 +1,87 @@
+"""Is it right? A fast implementation against the reference in fp64: output and every gradient.
+
+The tolerance is the reference's own error when it runs in the cell's dtype, with room to spare, so that no
+number has to be chosen per dtype, per size or per attention.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from profiling.case import Case
+from profiling.workload import Workload
+
+ROOM = 4.0
+"""How many times the reference's own error an implementation may have: it sums in another order."""
+LARGEST_TOKENS = 64 * 64
+"""A larger grid is checked at a smaller size of the same shape: the fp64 reference would not fit."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The largest relative error, where it was found, and the error allowed there."""
+
+    error: float
+    tolerance: float
+    where: str
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def check(case: Case) -> Agreement | None:
+    """Compare the case's implementation with the fp64 reference; None if it is the reference.
+
+    Both modes check the gradients too: a wrong backward must not hide behind a fast forward.
+    """
+    small = replace(case, mode="forward_backward", compiled=False, **_small_grid(case))
+    fast = small.workload(case.device)
+    if small.implementation(fast) == "reference":
+        return None
+    wanted = _results(_reference(small, fast, "fp64"))
+    allowed = _results(_reference(small, fast, small.dtype))
+    found = _results(fast)
+    worst = Agreement(0.0, 1.0, "")
+    for name, exact in wanted.items():
+        error, own = _distance(found[name], exact), _distance(allowed[name], exact)
+        tolerance = ROOM * max(own, torch.finfo(torch.float32).eps)
+        if not error / tolerance <= worst.error / worst.tolerance:
+            worst = Agreement(error, tolerance, name)
+    return worst
+
+
+def _small_grid(case: Case) -> dict[str, int]:
+    if case.kind == "model" or case.height * case.width <= LARGEST_TOKENS:
+        return {}
+    shrink = (LARGEST_TOKENS / (case.height * case.width)) ** 0.5
+    step = next((o for name, o in case.all_options().items() if name in ("n_win", "window_size") and isinstance(o, int)), 1)
+    return {
+        side: max(step, int(getattr(case, side) * shrink) // step * step) for side in ("height", "width")
+    }
+
+
+def _reference(case: Case, fast: Workload, dtype: str) -> Workload:
+    """The reference with the fast workload's weights, input and output gradient."""
+    precise = replace(case, impl="reference", dtype=dtype).workload(case.device)  # type: ignore[arg-type]
+    precise.module.load_state_dict(fast.module.state_dict())
+    x, grad = (t.detach().to(precise.x.dtype) for t in (fast.x, fast.grad) if t is not None)
+    return Workload(
+        precise.module, x, precise.mode, precise.dtype, case.deterministic, grad, input_gradient=case.kind != "model"
+    )
+
+
+def _results(work: Workload) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    with work.settings():
+        out = work.step()
+    results = {"output": out.detach(), "gradient of the input": work.x.grad}
+    results |= {f"gradient of {name}": p.grad for name, p in work.module.named_parameters()}
+    return {name: t.double().cpu() for name, t in results.items() if t is not None}
+
+
+def _distance(found: Tensor, exact: Tensor) -> float:
+    """Relative Euclidean distance; of a tensor that is zero in exact arithmetic, the absolute one."""
+    scale = exact.norm().item()
+    return ((found - exact).norm() / (scale if scale > 1e-9 else 1.0)).item()

@@ -1,0 +1,133 @@
+"""One cell: the theory of a case (counts and predictions) and its measurement, as columns of a row.
+
+Both run in a child process; theory needs no device and no memory, whatever the size.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from attention_zoo import load_plugin
+from profiling import agreement, latency, macs, memory
+from profiling.case import Case
+from profiling.rows import agree
+from profiling.workload import Workload
+
+
+class Incorrect(RuntimeError):
+    """An implementation disagrees with the reference beyond the tolerance."""
+
+    def __init__(self, found: agreement.Agreement) -> None:
+        super().__init__(f"{found.where} is off by {found.error:.2g}, allowed {found.tolerance:.2g}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case, and what a fresh process needs to run it."""
+
+    case: Case
+    plugins: tuple[str, ...] = ()
+    patience: latency.Patience = latency.Patience()
+
+    def load(self) -> None:
+        for plugin in self.plugins:
+            load_plugin(plugin)
+
+
+def theory(job: Job) -> dict[str, Any]:
+    """Counts and predictions for a case, for any resolution, on any machine."""
+    job.load()
+    return theory_of(job.case)
+
+
+def theory_of(case: Case) -> dict[str, Any]:
+    """As :func:`theory`, in this process."""
+    work = case.workload("meta")
+    attention = getattr(work.module, "attn", work.module)
+    formula = macs.analytic(work.module, case.height, case.width)
+    forward, backward = macs.counted(work)
+    columns: dict[str, Any] = {
+        "impl": case.implementation(work),
+        "params": sum(p.numel() for p in work.module.parameters()),
+        "macs_counted": forward,
+        "macs_backward_counted": backward if case.mode == "forward_backward" else None,
+        "kv_tokens_per_query": _declared(attention, "kv_tokens_per_query", case),
+        "regions_per_side": _declared(attention, "regions_per_side", case),
+        "memory_predicted_bytes": memory.predict(case.workload("meta"), case.device).peak,
+    }
+    if formula is not None:
+        columns["macs_analytic"] = formula.total * case.batch
+        for part in ("projection", "routing", "attention", "local_conv"):
+            columns[f"macs_{part}"] = getattr(formula, part) * case.batch
+    columns["macs_agree"] = agree(columns.get("macs_analytic"), forward, None)
+    return columns
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Check, then time, then measure memory, then let fvcore count: in that order, since each disturbs the next.
+
+    Raises:
+        Incorrect: the implementation disagrees with the reference; nothing was timed.
+    """
+    job.load()
+    case = job.case
+    found = agreement.check(case)
+    if found is not None and not found.ok:
+        raise Incorrect(found)
+    work = case.workload(case.device)
+    columns = measure_workload(work, case.device, job.patience, case.compiled)
+    columns["macs_fvcore"] = None if case.compiled else _fvcore(work)
+    if found is not None:
+        columns |= {"agreement_error": found.error, "agreement_tolerance": found.tolerance}
+    return columns
+
+
+def measure_workload(
+    work: Workload, device: str, patience: latency.Patience, compiled: bool = False
+) -> dict[str, Any]:
+    """Time and memory of any workload, as columns of a row."""
+    columns: dict[str, Any] = {}
+    with work.settings():
+        if compiled:
+            columns["compile_ms"] = _compile(work, device)
+        columns |= latency.measure(work.step, device, patience).columns()
+        if device == "cuda":
+            on_device = latency.measure_device(work.step, patience).quantile(0.5)
+            columns["device_time_p50_ms"] = on_device
+            columns["launch_bound"] = columns["latency_p50_ms"] / on_device
+    found = memory.measure(work)
+    return columns | {
+        "memory_peak_bytes": found.peak,
+        "memory_base_bytes": found.base,
+        "memory_reserved_bytes": found.reserved,
+    }
+
+
+def _compile(work: Workload, device: str) -> float:
+    start = time.perf_counter()
+    work.module = torch.compile(work.module, dynamic=False, fullgraph=True)  # type: ignore[assignment]
+    work.step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _fvcore(work: Workload) -> int | None:
+    try:
+        return macs.by_fvcore(work)
+    except RuntimeError:
+        # jit.trace cannot follow every module; then there is no count, and the cell is none the worse.
+        return None
+
+
+def _declared(module: nn.Module, method: str, case: Case) -> Any:
+    """What an attention says of itself at this size, or None if it does not say."""
+    if case.kind == "model" or not hasattr(module, method):
+        return None
+    try:
+        return getattr(module, method)(case.height, case.width)
+    except NotImplementedError:
+        return None

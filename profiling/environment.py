@@ -1,0 +1,106 @@
+"""What the numbers were taken with: the device, the software, the state of this repository."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def device_name(device: str) -> str:
+    """The device's own name; of a CPU, with the number of threads PyTorch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder's name."""
+    plain = re.sub(r"\((r|tm)\)|cpu|processor|@.*ghz", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a cell may use: free memory of the GPU, or of the machine within its control group."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    meminfo = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/meminfo").read_text())) if _linux() else {}
+    free = int(meminfo.get("MemAvailable", 0)) * 1024 or 8 << 30
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
+        free = min(free, limit - used)
+    return free
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The provenance columns of a row, less those that change from cell to cell."""
+    commit, dirty = _repository()
+    cuda = device == "cuda"
+    return {
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "driver": _driver() if cuda else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def check_device(device: str) -> str | None:
+    """Why ``device`` cannot be used here, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is available to this PyTorch"
+    return None
+
+
+@cache
+def _repository() -> tuple[str | None, bool | None]:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        # Results are written while a run goes on; they are not what the numbers were taken with.
+        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!results"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _cpu_model() -> str:
+    if _linux():
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return " ".join(found.group(1).split())
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _linux() -> bool:
+    return os.path.exists("/proc/meminfo")

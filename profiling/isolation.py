@@ -1,0 +1,129 @@
+"""Run one function in a process of its own, and say in one word how it ended.
+
+Children are forked from a server that has imported PyTorch but never touched CUDA or run a kernel, so a child
+costs tens of milliseconds. A segfault, a hang, an endless allocation and an exception are each an outcome.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+_context = multiprocessing.get_context("forkserver")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call ended: a status of a row, the value it returned if ``ok``, and a one-line reason if not."""
+
+    status: str
+    value: Any = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def start() -> None:
+    """Start the server from which children are forked; it imports what cells need."""
+    _context.set_forkserver_preload(["profiling.preload"])
+    # The server finds its modules by PYTHONPATH alone.
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, before]))
+    try:
+        call(_nothing)
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def call(
+    function: Callable[..., Any], *arguments: Any, timeout: float = 600.0, memory: int | None = None
+) -> Outcome:
+    """Call ``function(*arguments)`` in a child and wait, asleep, for its end.
+
+    Args:
+        function: importable by name from the child; it and its arguments and result are pickled.
+        timeout: seconds until the child is killed.
+        memory: bytes of private memory the child may have; None sets no limit.
+    """
+    begin = time.perf_counter()
+    receiver, sender = _context.Pipe(duplex=False)
+    child = _context.Process(target=_child, args=(sender, function, arguments, memory), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        wait([receiver, child.sentinel], timeout)
+        outcome = _received(receiver)
+        if outcome is None and child.is_alive():
+            outcome = Outcome("timeout", reason=f"no result within {timeout:g} s")
+    finally:
+        child.kill()
+        child.join()
+        receiver.close()
+    outcome = outcome or _died(child.exitcode or 0)
+    return Outcome(outcome.status, outcome.value, outcome.reason, time.perf_counter() - begin)
+
+
+def _received(receiver: Connection) -> Outcome | None:
+    with suppress(EOFError, OSError):
+        if receiver.poll():
+            return receiver.recv()
+    return None
+
+
+def _died(exitcode: int) -> Outcome:
+    if exitcode == -signal.SIGKILL:
+        return Outcome("oom", reason="killed by SIGKILL, as the system does when memory runs out")
+    if exitcode < 0:
+        return Outcome("crash", reason=f"killed by {signal.Signals(-exitcode).name}")
+    return Outcome("crash", reason=f"exited with status {exitcode} and no result")
+
+
+def _child(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], memory: int | None) -> None:
+    _die_with_parent()
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    try:
+        outcome = Outcome("ok", function(*arguments))
+    except BaseException as problem:  # noqa: BLE001 whatever it is, it becomes a row
+        outcome = Outcome(_status_of(problem), reason=_one_line(problem))
+    with suppress(BrokenPipeError):
+        sender.send(outcome)
+    sender.close()
+    # Skip interpreter shutdown: it is slow with PyTorch loaded, and has nothing to save.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _status_of(problem: BaseException) -> str:
+    name, text = type(problem).__name__, str(problem)
+    if isinstance(problem, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "oom"
+    return {"Unsupported": "unsupported", "Incorrect": "incorrect"}.get(name, "error")
+
+
+def _one_line(problem: BaseException) -> str:
+    text = " ".join(str(problem).split())
+    return f"{type(problem).__name__}: {text}"[:300]
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _nothing() -> None:
+    pass

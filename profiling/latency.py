@@ -1,0 +1,136 @@
+"""Latency of a step: sampled until the evidence suffices, reported as quartiles and an interval.
+
+On CUDA there are two clocks: wall time of a step as a program sees it, and device time with a cold L2 cache.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When to stop sampling.
+
+    Attributes:
+        width: stop as soon as the 95 % interval of the median is narrower than this share of the median, ...
+        least: ... but not with fewer samples than this;
+        seconds: stop after this long, ...
+        floor: ... but not with fewer samples than this;
+        most: stop at this many samples.
+    """
+
+    width: float = 0.02
+    least: int = 15
+    seconds: float = 1.0
+    floor: int = 3
+    most: int = 2000
+
+
+QUICK = Patience(least=3, seconds=0.05)
+"""For smoke runs."""
+SAMPLE_MS = 1.0
+"""A sample of a shorter step is the mean of several steps that take about this long together."""
+L2_FLUSH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Samples of one clock, in milliseconds, and why sampling stopped."""
+
+    samples: list[float]
+    stop: str
+
+    def quantile(self, q: float) -> float:
+        """The q-quantile, interpolated."""
+        ordered = sorted(self.samples)
+        at = q * (len(ordered) - 1)
+        low = math.floor(at)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """A distribution-free 95 % interval of the median: two order statistics (the extremes below 6 samples)."""
+        return _interval(sorted(self.samples))
+
+    def columns(self) -> dict[str, float | int | str]:
+        """As columns of a row."""
+        low, high = self.interval
+        return {
+            "latency_p50_ms": self.quantile(0.5), "latency_p25_ms": self.quantile(0.25),
+            "latency_p75_ms": self.quantile(0.75), "latency_p95_ms": self.quantile(0.95),
+            "latency_low_ms": low, "latency_high_ms": high,
+            "latency_samples": len(self.samples), "latency_stop": self.stop,
+        }  # fmt: skip
+
+
+def measure(step: Callable[[], object], device: str, patience: Patience = Patience()) -> Latency:
+    """Wall time of ``step``, the device synchronised before and after each sample."""
+    wait = torch.cuda.synchronize if device == "cuda" else _nothing
+    step()
+    wait()
+    start = time.perf_counter()
+    step()
+    wait()
+    repeats = max(1, math.ceil(SAMPLE_MS / 1e3 / max(time.perf_counter() - start, 1e-7)))
+
+    def sample() -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            step()
+        wait()
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+    return _collect(sample, patience)
+
+
+def measure_device(step: Callable[[], object], patience: Patience = Patience()) -> Latency:
+    """CUDA: time on the device between two events around ``step``, with everything evicted from L2 before."""
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def sample() -> float:
+        flush.zero_()
+        # Long enough a pause on the device for the host to queue the whole step behind it.
+        torch.cuda._sleep(2_000_000)
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    sample()
+    return _collect(sample, patience)
+
+
+def _collect(sample: Callable[[], float], patience: Patience) -> Latency:
+    samples: list[float] = []
+    start = time.perf_counter()
+    check_at = patience.least
+    while True:
+        samples.append(sample())
+        n = len(samples)
+        if n >= check_at:
+            low, high = _interval(sorted(samples))
+            if high - low <= patience.width * statistics.median(samples):
+                return Latency(samples, "converged")
+            check_at = math.ceil(n * 1.2)
+        if n >= patience.floor and time.perf_counter() - start > patience.seconds:
+            return Latency(samples, "time_limit")
+        if n >= patience.most:
+            return Latency(samples, "max_samples")
+
+
+def _interval(ordered: list[float]) -> tuple[float, float]:
+    n = len(ordered)
+    half = 0.98 * math.sqrt(n)
+    return ordered[max(0, math.floor(n / 2 - half))], ordered[min(n - 1, math.ceil(n / 2 + half))]
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,61 @@
+"""Multiply-accumulates, counted in three ways that share nothing.
+
+All are MACs of the forward pass of the whole batch: what papers and fvcore call FLOPs. 1 MAC = 2 FLOPs.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from attention_zoo.contract import Macs
+from profiling.workload import Workload
+
+
+def analytic(module: nn.Module, height: int, width: int) -> Macs | None:
+    """By the module's own formula, batch 1; None if it, or an attention inside it, declares none."""
+    if not hasattr(module, "macs"):
+        return None
+    try:
+        return module.macs(height, width)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def counted(work: Workload) -> tuple[int, int]:
+    """Forward and backward MACs of a workload on ``meta``, operator by operator; costs no memory.
+
+    On meta, fused attention is split into its matrix products, so that none goes uncounted.
+    """
+    with work.settings(), FlopCounterMode(display=False) as forward, torch.no_grad():
+        work.module(work.x.detach())
+    if work.mode == "forward":
+        return forward.get_total_flops() // 2, 0
+    with work.settings(), FlopCounterMode(display=False) as both:
+        work.step()
+    return forward.get_total_flops() // 2, (both.get_total_flops() - forward.get_total_flops()) // 2
+
+
+def by_fvcore(work: Workload) -> int:
+    """By fvcore's convention: the paper's own. Runs the module once on its real input."""
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    with work.settings(), torch.no_grad():
+        analysis = FlopCountAnalysis(work.module.eval(), work.x.detach())
+        analysis.set_op_handle(**FUSED)
+        total = int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
+    work.module.train(work.mode == "forward_backward")
+    return total
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value = (tensor.type().sizes() for tensor in inputs[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+FUSED: dict[str, Callable[..., int]] = {"aten::scaled_dot_product_attention": _attention}
+"""Operators that fvcore does not know and would count as nothing."""

@@ -1,0 +1,15 @@
+"""Imported once by the server from which cells are forked: everything a cell needs, and nothing that starts threads."""
+
+import fvcore.nn  # noqa: F401
+import torch
+import torch._dynamo  # noqa: F401  FlopCounterMode and convolutions import it on first use
+from torch import nn
+
+import attention_zoo  # noqa: F401
+from profiling import cell, macs, memory  # noqa: F401
+from profiling.workload import Workload
+
+# The first prediction imports and caches much; on shapes alone it runs no kernel.
+with torch.device("meta"):
+    memory.predict(Workload(nn.Linear(8, 8), torch.empty(1, 8), "forward_backward"))
+    macs.counted(Workload(nn.Linear(8, 8), torch.empty(1, 8), "forward_backward"))

@@ -1,0 +1,219 @@
+"""The row: one case measured once. One fixed header for every sweep; the unit is in the column's name.
+
+Everything above the CSV writes through this schema and everything below it reads through it. No torch here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pandera.pandas as pa
+from pandera.typing import Series
+
+STATUSES = ("ok", "predicted", "oom", "timeout", "crash", "incorrect", "unsupported", "error")
+
+
+class SchemaError(ValueError):
+    """A table is not of this schema; the message says where."""
+
+
+def _text(description: str, **checks: Any) -> Any:
+    return pa.Field(nullable=True, description=description, **checks)
+
+
+def _count(description: str) -> Any:
+    return pa.Field(nullable=True, ge=0, description=description)
+
+
+def _number(description: str) -> Any:
+    return pa.Field(nullable=True, ge=0, description=description)
+
+
+class Row(pa.DataFrameModel):
+    """One row per cell. A number is there only if it was obtained."""
+
+    # who: the key
+    sweep: Series[str] = pa.Field(description="Which sweep the cell belongs to.")
+    kind: Series[str] = pa.Field(isin=("attention", "block", "model"), description="What was built around the attention.")
+    name: Series[str] = pa.Field(description="Registered name of the attention, or name of the model.")
+    impl_requested: Series[str] = pa.Field(description="The implementation asked for; auto picks the fastest that can run.")
+    compiled: Series[pd.BooleanDtype] = pa.Field(description="Whether the module ran under torch.compile.")
+    deterministic: Series[pd.BooleanDtype] = pa.Field(description="Whether deterministic kernels were required.")
+    mode: Series[str] = pa.Field(isin=("forward", "forward_backward"), description="forward: without gradients. forward_backward: gradients of the input (not of a model's image) and all parameters.")
+    dtype: Series[str] = pa.Field(isin=("fp64", "fp32", "tf32", "bf16", "fp16"), description="bf16 and fp16 are autocast over fp32 parameters; tf32 is fp32 with rounded matrix products.")
+    device: Series[str] = pa.Field(isin=("cpu", "cuda"), description="Kind of device.")
+    batch: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Images per step.")
+    height: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Tokens (attention, block) or pixels (model) per column.")
+    width: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Tokens (attention, block) or pixels (model) per row.")
+    dim: Series[pd.Int64Dtype] = _count("Channels; empty for models, which have several.")
+    num_heads: Series[pd.Int64Dtype] = _count("Heads; empty for models.")
+    attention: Series[pd.StringDtype] = _text("Model: the attention in place of the published one, in every stage.")
+    n_win: Series[pd.StringDtype] = _text("bra: regions per side, or auto.")
+    topk: Series[pd.Int64Dtype] = _count("bra: routed regions per query region.")
+    qk_dim: Series[pd.Int64Dtype] = _count("bra: channels of queries and keys.")
+    kv_downsample_mode: Series[pd.StringDtype] = _text("bra: reduction of a region's keys and values.")
+    kv_per_win: Series[pd.Int64Dtype] = _count("bra: tokens per side that ada_* modes leave of a region.")
+    kv_downsample_ratio: Series[pd.Int64Dtype] = _count("bra: reduction per side of the other modes.")
+    kv_downsample_kernel: Series[pd.Int64Dtype] = _count("bra: kernel of conv and fracpool.")
+    soft_routing: Series[pd.BooleanDtype] = _text("bra: keys and values scaled by routing weights.")
+    diff_routing: Series[pd.BooleanDtype] = _text("bra: gradients flow through routing scores.")
+    auto_pad: Series[pd.BooleanDtype] = _text("bra: pads grids that n_win does not divide.")
+    mask_padding: Series[pd.BooleanDtype] = _text("bra: padding is left out of the attention.")
+    side_dwconv: Series[pd.Int64Dtype] = _count("bra, lepe: kernel of the LePE convolution.")
+    window_size: Series[pd.Int64Dtype] = _count("window: tokens per side.")
+    shift: Series[pd.Int64Dtype] = _count("window: displacement in tokens.")
+    relative_position_bias: Series[pd.BooleanDtype] = _text("window: learned bias per relative position.")
+    other_options: Series[pd.StringDtype] = _text("Options without a column of their own, as name=value name=value.")
+    seed: Series[pd.Int64Dtype] = pa.Field(description="Seed of weights and input (standard normal).")
+    replicate: Series[pd.Int64Dtype] = pa.Field(ge=0, description="Which of several processes measured the same case.")
+    device_name: Series[str] = pa.Field(description="The device, as it names itself.")
+    # outcome
+    status: Series[str] = pa.Field(isin=STATUSES, description="ok: measured. predicted: counted and predicted only, as the sweep asks. Else how the cell failed.")
+    reason: Series[pd.StringDtype] = _text("Why the status is not ok, in one line.")
+    impl: Series[pd.StringDtype] = _text("The implementation that ran.")
+    # cost
+    params: Series[pd.Int64Dtype] = _count("Learnable parameters.")
+    macs_analytic: Series[pd.Int64Dtype] = _count("MACs of the forward pass by the module's own formula. What papers call FLOPs.")
+    macs_counted: Series[pd.Int64Dtype] = _count("MACs of the forward pass counted operator by operator (FlopCounterMode on meta tensors).")
+    macs_fvcore: Series[pd.Int64Dtype] = _count("MACs of the forward pass by fvcore's convention, which counts normalisations too.")
+    macs_agree: Series[pd.BooleanDtype] = _text("Whether analytic and counted are equal and fvcore is within 1 % of them; empty with fewer than two counts.")
+    macs_backward_counted: Series[pd.Int64Dtype] = _count("MACs of the backward pass, counted.")
+    macs_projection: Series[pd.Int64Dtype] = _count("Part of macs_analytic: linear maps to queries, keys, values and output.")
+    macs_routing: Series[pd.Int64Dtype] = _count("Part of macs_analytic: choosing what to attend to.")
+    macs_attention: Series[pd.Int64Dtype] = _count("Part of macs_analytic: scores and weighted sums.")
+    macs_local_conv: Series[pd.Int64Dtype] = _count("Part of macs_analytic: depthwise convolutions.")
+    kv_tokens_per_query: Series[float] = _number("Key tokens that one query attends to, mean over queries.")
+    regions_per_side: Series[pd.Int64Dtype] = _count("bra: S, resolved where n_win is auto.")
+    # memory
+    memory_predicted_bytes: Series[pd.Int64Dtype] = _count("Peak allocated bytes of one step, predicted without running it; base included.")
+    memory_peak_bytes: Series[pd.Int64Dtype] = _count("Peak allocated bytes of one step, measured; base included.")
+    memory_base_bytes: Series[pd.Int64Dtype] = _count("Bytes allocated before the step: parameters, buffers, input, output gradient.")
+    memory_reserved_bytes: Series[pd.Int64Dtype] = _count("CUDA: most bytes the allocator held.")
+    # time
+    latency_p50_ms: Series[float] = _number("Median wall time of one step.")
+    latency_p25_ms: Series[float] = _number("Lower quartile.")
+    latency_p75_ms: Series[float] = _number("Upper quartile.")
+    latency_p95_ms: Series[float] = _number("95th percentile.")
+    latency_low_ms: Series[float] = _number("Lower end of the 95 % interval of the median.")
+    latency_high_ms: Series[float] = _number("Upper end of the 95 % interval of the median.")
+    latency_samples: Series[pd.Int64Dtype] = _count("Samples taken; a sample of a short step is the mean of several.")
+    latency_stop: Series[pd.StringDtype] = _text("Why sampling stopped: converged, time_limit or max_samples.", isin=("converged", "time_limit", "max_samples"))
+    compile_ms: Series[float] = _number("First call under torch.compile.")
+    device_time_p50_ms: Series[float] = _number("CUDA: median time on the device with a cold L2 cache.")
+    launch_bound: Series[float] = _number("CUDA: wall time over device time; well above 1 means that launches cost more than work.")
+    sdpa_backend: Series[pd.StringDtype] = _text("CUDA: which kernel scaled_dot_product_attention ran.")
+    achieved_tflops: Series[float] = _number("2 x MACs of the step over its time (device time on CUDA).")
+    arithmetic_intensity: Series[float] = _number("FLOPs per byte, if parameters, input and output crossed the memory once.")
+    roofline_fraction: Series[float] = _number("The least time the device's measured peaks allow, over the time taken.")
+    # trust
+    agreement_error: Series[float] = _number("Largest relative error of outputs and gradients against the fp64 reference; empty for the reference.")
+    agreement_tolerance: Series[float] = _number("The error that was allowed, from the reference's own error in this dtype.")
+    threads: Series[pd.Int64Dtype] = _count("CPU threads PyTorch used.")
+    driver: Series[pd.StringDtype] = _text("CUDA driver.")
+    torch: Series[pd.StringDtype] = _text("PyTorch version.")
+    cuda: Series[pd.StringDtype] = _text("CUDA version PyTorch was built with.")
+    triton: Series[pd.StringDtype] = _text("Triton version.")
+    python: Series[pd.StringDtype] = _text("Python version.")
+    commit: Series[pd.StringDtype] = _text("Git commit of this suite.")
+    dirty: Series[pd.BooleanDtype] = _text("Whether the working tree differed from that commit.")
+    started_at: Series[pd.StringDtype] = _text("When the cell started, UTC.")
+    cell_seconds: Series[float] = _number("Wall time of the whole cell, process start included.")
+    sm_clock_mhz: Series[pd.Int64Dtype] = _count("CUDA: clock right after the timing.")
+    temperature_c: Series[pd.Int64Dtype] = _count("CUDA: temperature right after the timing.")
+    throttled: Series[pd.BooleanDtype] = _text("CUDA: whether the device slowed itself down while timing.")
+    foreign_processes: Series[pd.Int64Dtype] = _count("CUDA: other processes on the device while timing.")
+
+    class Config:
+        strict = True
+        ordered = True
+        coerce = True
+
+    @pa.dataframe_check(error="only a cell with status ok has measured times and memory")
+    def measured_only_if_ok(cls, df: pd.DataFrame) -> pd.Series:
+        return (df["status"] == "ok") | df[list(MEASURED)].isna().all(axis=1)
+
+    @pa.dataframe_check(error="a cell with status ok has a time; any other has a reason")
+    def outcome_complete(cls, df: pd.DataFrame) -> pd.Series:
+        ok = df["status"] == "ok"
+        return (ok & df["latency_p50_ms"].notna()) | (~ok & df["reason"].notna())
+
+    @pa.dataframe_check(error="macs_agree contradicts the counts")
+    def agreement_consistent(cls, df: pd.DataFrame) -> pd.Series:
+        expected = [agree(*counts) for counts in zip(df["macs_analytic"], df["macs_counted"], df["macs_fvcore"], strict=True)]
+        stated = [None if pd.isna(value) else bool(value) for value in df["macs_agree"]]
+        return pd.Series([e == s for e, s in zip(expected, stated, strict=True)], index=df.index)
+
+
+COLUMNS: tuple[str, ...] = tuple(Row.to_schema().columns)
+KEY: tuple[str, ...] = COLUMNS[: COLUMNS.index("status")]
+MEASURED: tuple[str, ...] = tuple(
+    c for c in COLUMNS if c.startswith(("latency_", "device_time", "memory_peak", "memory_reserved", "achieved_", "roofline_"))
+)  # fmt: skip
+
+
+def agree(analytic: Any, counted: Any, fvcore: Any) -> bool | None:
+    """Whether the counts of MACs that there are tell the same story; None with fewer than two."""
+    exact = [int(n) for n in (analytic, counted) if not pd.isna(n)]
+    loose = [] if pd.isna(fvcore) else [int(fvcore)]
+    if len(exact) + len(loose) < 2:
+        return None
+    return len(set(exact)) <= 1 and all(abs(n - exact[0]) <= 0.01 * exact[0] for n in loose if exact)
+
+
+def as_text(value: Any) -> str:
+    """A value as it stands in a CSV cell: the form in which keys are compared."""
+    if value is None or (not isinstance(value, str) and pd.isna(value)):
+        return ""
+    if isinstance(value, float):
+        return f"{value:.9g}"
+    return " ".join(str(value).split())
+
+
+def validate(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows as a table of this schema; SchemaError if they are not."""
+    unknown = {name for row in rows for name in row} - set(COLUMNS)
+    if unknown:
+        raise SchemaError(f"not columns of this schema: {', '.join(sorted(unknown))}")
+    table = pd.DataFrame([{name: as_text(row.get(name)) for name in COLUMNS} for row in rows], columns=list(COLUMNS))
+    return _typed(table, "row")
+
+
+def load(*paths: str | Path) -> pd.DataFrame:
+    """Read result files into one table; SchemaError if a file is of another schema."""
+    tables = [_typed(_read(Path(path)), str(path)) for path in paths]
+    return pd.concat(tables, ignore_index=True) if tables else _typed(pd.DataFrame(columns=list(COLUMNS), dtype=str), "")
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as problem:
+        raise SchemaError(f"{path} is not a results file: {problem}") from problem
+    if tuple(table.columns) != COLUMNS:
+        odd = sorted(set(table.columns) ^ set(COLUMNS))
+        raise SchemaError(f"{path} holds a CSV of another schema (columns that differ: {', '.join(odd) or 'their order'})")
+    return table
+
+
+def _typed(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    typed = table.replace("", pd.NA)
+    for name, column in Row.to_schema().columns.items():
+        kind = str(column.dtype).lower()
+        if kind.startswith("bool"):
+            typed[name] = typed[name].map({"True": True, "False": False}, na_action="ignore").astype("boolean")
+        elif kind.startswith(("int", "float")):
+            typed[name] = pd.to_numeric(typed[name], errors="coerce").astype("Int64" if kind.startswith("int") else "float64")
+    try:
+        return Row.validate(typed)
+    except (pa.errors.SchemaError, pa.errors.SchemaErrors) as problem:
+        first_line = " ".join(str(problem).split())[:300]
+        raise SchemaError(f"{where}: {first_line}") from problem
+
+
+def dictionary() -> str:
+    """The data dictionary, as Markdown, generated from the schema."""
+    lines = ["| column | type | meaning |", "|---|---|---|"]
+    for name, column in Row.to_schema().columns.items():
+        kind = {"int64": "integer", "float64": "number", "boolean": "true/false"}.get(str(column.dtype).lower(), "text")
+        lines.append(f"| `{name}` | {kind} | {column.description} |")
+    return "\n".join(lines) + "\n"
