@@ -83,7 +83,8 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = build(name, dim=dim, num_heads=heads, impl=impl, **values)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = self.make_mlp(dim, int(mlp_ratio * dim), mlp_dwconv)
+        self.hidden, self.mlp_dwconv = int(mlp_ratio * dim), mlp_dwconv
+        self.mlp = self.make_mlp(dim, self.hidden, mlp_dwconv)
         self.drop_path = DropPath(drop_path)
         self.gamma1: Tensor | float = 1.0
         self.gamma2: Tensor | float = 1.0
@@ -116,9 +117,8 @@ class Block(nn.Module):
         """The analytic cost of one forward pass, batch 1; AttributeError if the attention declares none."""
         n = height * width
         conv = 0 if self.pos_embed is None else self.pos_embed.kernel_size[0] ** 2
-        hidden = self.mlp[0].out_features
-        middle = 9 * n * hidden if isinstance(self.mlp[1], DepthwiseNHWC) else 0
-        return self.attn.macs(height, width) + Macs(local_conv=n * self.dim * conv, other=2 * n * self.dim * hidden + middle)
+        mlp = n * self.hidden * (2 * self.dim + (9 if self.mlp_dwconv else 0))
+        return self.attn.macs(height, width) + Macs(local_conv=n * self.dim * conv, other=mlp)  # type: ignore[operator]
 
 
 def _choose(
@@ -158,7 +158,7 @@ class DropPath(nn.Module):
             raise InvalidOption(f"drop_path={rate} is not valid; valid: at least 0 and below 1")
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "b *g"]) -> Float[Tensor, "b *g"]:
+    def forward(self, x: Float[Tensor, "b *g c"]) -> Float[Tensor, "b *g c"]:
         if self.rate == 0 or not self.training:
             return x
         keep = 1 - self.rate

@@ -1,6 +1,7 @@
 """BiFormer-T, -S, -B and BiFormer-STL, as published, with the attention of each stage open to change."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class BiFormer(nn.Module):
         per_stage = [attention] * 4 if attention is None or isinstance(attention, str) else list(attention)
         if len(per_stage) != 4 or len(topk) != 4:
             raise InvalidOption(f"attention={attention!r}, topk={topk!r}: a model has four stages; name one or four")
-        settings = {"kv_downsample_mode": "identity", "side_dwconv": 5} | block
+        settings: dict[str, Any] = {"kv_downsample_mode": "identity", "side_dwconv": 5} | block
         if swin_layout:
             settings["before_attn_dwconv"] = 0
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
@@ -82,7 +83,8 @@ class BiFormer(nn.Module):
         for depth, dim, k, name in zip(depths, dims, topk, per_stage, strict=True):
             named = {} if name is None else {"attention": name, **(attention_options or {})}
             make = STLBlock if swin_layout else Block
-            arguments = settings | named | dict(num_heads=dim // HEAD_DIM, topk=_all_regions(k, settings) if named else k)
+            routed = _all_regions(k, settings) if named else k
+            arguments = settings | named | {"num_heads": dim // HEAD_DIM, "topk": routed}
             blocks = [make(dim, drop_path=next(rates), mlp_ratio=mlp_ratio, **arguments) for _ in range(depth)]
             self.stages.append(STLStage(blocks) if swin_layout else nn.Sequential(*blocks))
         self.norm = nn.BatchNorm2d(dims[-1])
@@ -101,10 +103,8 @@ class BiFormer(nn.Module):
             for layer in downsample.modules():
                 if isinstance(layer, nn.Conv2d):
                     height, width = (
-                        (side + 2 * pad - kernel) // stride + 1
-                        for side, pad, kernel, stride in zip(
-                            (height, width), layer.padding, layer.kernel_size, layer.stride, strict=True
-                        )
+                        (side + 2 * int(layer.padding[axis]) - layer.kernel_size[axis]) // layer.stride[axis] + 1
+                        for axis, side in enumerate((height, width))
                     )
                     cost += Macs(other=height * width * layer.weight.numel())
             for block in stage.modules():
@@ -122,18 +122,14 @@ def _all_regions(topk: int, settings: dict[str, Any]) -> int:
 def _downsample(swin_layout: bool, in_chans: int, dims: Sequence[int]) -> list[nn.Sequential]:
     if swin_layout:
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, 4), nn.BatchNorm2d(dims[0]))
-        merges = [
-            nn.Sequential(nn.BatchNorm2d(a), nn.Conv2d(a, b, 2, 2)) for a, b in zip(dims, dims[1:], strict=False)
-        ]
+        merges = [nn.Sequential(nn.BatchNorm2d(a), nn.Conv2d(a, b, 2, 2)) for a, b in pairwise(dims)]
         return [stem, *merges]
     half = dims[0] // 2
     stem = nn.Sequential(
         nn.Conv2d(in_chans, half, 3, 2, 1), nn.BatchNorm2d(half), nn.GELU(),
         nn.Conv2d(half, dims[0], 3, 2, 1), nn.BatchNorm2d(dims[0]),
     )  # fmt: skip
-    merges = [
-        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b)) for a, b in zip(dims, dims[1:], strict=False)
-    ]
+    merges = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b)) for a, b in pairwise(dims)]
     return [stem, *merges]
 
 

@@ -35,9 +35,9 @@ class _Alternative(NamedTuple):
             return value == self.literal and type(value) is self.kind
         if self.kind is float and type(value) is int:
             value = float(value)
-        return type(value) is self.kind and (
-            self.kind not in (int, float) or self.range.low <= value <= self.range.high
-        )
+        if type(value) is not self.kind:
+            return False
+        return not isinstance(value, (int, float)) or self.range.low <= value <= self.range.high
 
     def __str__(self) -> str:
         if self.literal is not None:

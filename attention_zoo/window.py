@@ -3,6 +3,8 @@
 Shape legend: b batch, p windows, n tokens of a window, m heads, d channels of a head.
 """
 
+from itertools import pairwise
+
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -113,7 +115,7 @@ class WindowAttention(Attention):
         """Mean over tokens of the length of the piece of a window, per axis, that a token shares."""
         size, shift = self.window_size, self.shift
         cuts = sorted({0, length, *range(shift, length, size)})
-        return sum((b - a) ** 2 for a, b in zip(cuts, cuts[1:], strict=False)) / length
+        return sum((b - a) ** 2 for a, b in pairwise(cuts)) / length
 
 
 def relative_index(size: int, device: torch.device) -> Int[Tensor, "n n"]:

@@ -1,0 +1,33 @@
+"""Measuring attention modules: MACs, memory and latency of one step, on any ``nn.Module``."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# The profiler's library prints its progress to stderr unless told not to; it reads this when it is loaded.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def measure(module: "nn.Module", x: "Tensor", mode: str = "forward", dtype: str = "fp32") -> dict[str, Any]:
+    """Count, predict and time one step of any module, in this process.
+
+    >>> import torch
+    >>> found = measure(torch.nn.Linear(64, 64), torch.randn(1, 196, 64))
+    >>> found["macs_counted"], found["memory_predicted_bytes"] == found["memory_peak_bytes"]
+    (802816, True)
+
+    Args:
+        module: any module from one tensor to one tensor, on the device of ``x``.
+        x: its input.
+        mode: ``forward`` or ``forward_backward``.
+        dtype: ``fp64`` and ``fp32`` run as they are, ``tf32``, ``bf16`` and ``fp16`` as in profiling.workload.
+
+    Returns:
+        Columns of a row, as ``results/README.md`` explains them; what cannot be had is None.
+    """
+    # Imported here, so that the schema can be read on a machine without PyTorch.
+    from profiling.cell import measure_module
+
+    return measure_module(module, x, mode, dtype)

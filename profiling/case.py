@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attention_zoo import MODELS, Attention, Block, InvalidOption, build, get, options
 from profiling.rows import COLUMNS, KEY, as_text
@@ -85,9 +85,7 @@ class Case:
         module, x = module.to(dtype=dtype), x.to(dtype=dtype)
         if device not in ("meta", "cpu"):
             module, x = module.to(device), x.to(device)
-        return Workload(
-            module, x, self.mode, self.dtype, self.deterministic, input_gradient=self.kind != "model"
-        )
+        return Workload(module, x, self.mode, self.dtype, self.deterministic, input_gradient=self.kind != "model")
 
     def implementation(self, work: Workload) -> str:
         """Which implementation runs: the attention's own answer, or what was asked for."""

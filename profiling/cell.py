@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attention_zoo import load_plugin
-from profiling import agreement, latency, macs, memory
+from profiling import agreement, latency, macs, memory, trace
 from profiling.case import Case
 from profiling.rows import agree
 from profiling.workload import Workload
@@ -30,9 +30,10 @@ class Job:
 
     case: Case
     plugins: tuple[str, ...] = ()
-    patience: latency.Patience = latency.Patience()
+    patience: latency.Patience = latency.STANDARD
 
     def load(self) -> None:
+        """Import the plugins."""
         for plugin in self.plugins:
             load_plugin(plugin)
 
@@ -85,9 +86,28 @@ def measure(job: Job) -> dict[str, Any]:
     return columns
 
 
-def measure_workload(
-    work: Workload, device: str, patience: latency.Patience, compiled: bool = False
-) -> dict[str, Any]:
+def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[str, Any]:
+    """Counts, prediction, time and memory of any module, in this process."""
+    work = Workload(module, x, mode, dtype)  # type: ignore[arg-type]
+    forward, backward = macs.counted(work)
+    columns: dict[str, Any] = {
+        "params": sum(p.numel() for p in module.parameters()),
+        "macs_counted": forward,
+        "macs_backward_counted": backward if mode == "forward_backward" else None,
+        "memory_predicted_bytes": memory.predict(work, x.device.type).peak,
+    }
+    columns |= measure_workload(work, x.device.type, latency.STANDARD)
+    columns["macs_fvcore"] = _fvcore(work)
+    return columns | {"macs_agree": agree(None, forward, columns["macs_fvcore"])}
+
+
+def profile_operators(job: Job, folder: str | None) -> list[dict[str, Any]]:
+    """The heaviest operators of a case, as :func:`profiling.trace.profile_steps` gives them; a trace in ``folder``."""
+    job.load()
+    return trace.profile_steps(job.case.workload(job.case.device), job.case.device, folder)
+
+
+def measure_workload(work: Workload, device: str, patience: latency.Patience, compiled: bool = False) -> dict[str, Any]:
     """Time and memory of any workload, as columns of a row."""
     columns: dict[str, Any] = {}
     with work.settings():

@@ -22,6 +22,10 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 _context = multiprocessing.get_context("forkserver")
 
 
+class StartError(RuntimeError):
+    """No process can be started for a cell; the message says why."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a call ended: a status of a row, the value it returned if ``ok``, and a one-line reason if not."""
@@ -39,7 +43,9 @@ def start() -> None:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, before]))
     try:
-        call(_nothing)
+        outcome = call(_nothing)
+        if outcome.status != "ok":
+            raise StartError(f"cannot start processes: {outcome.reason}")
     finally:
         if before is None:
             del os.environ["PYTHONPATH"]
@@ -47,9 +53,7 @@ def start() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def call(
-    function: Callable[..., Any], *arguments: Any, timeout: float = 600.0, memory: int | None = None
-) -> Outcome:
+def call(function: Callable[..., Any], *arguments: Any, timeout: float = 600.0, memory: int | None = None) -> Outcome:
     """Call ``function(*arguments)`` in a child and wait, asleep, for its end.
 
     Args:
@@ -96,7 +100,7 @@ def _child(sender: Connection, function: Callable[..., Any], arguments: tuple[An
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     try:
         outcome = Outcome("ok", function(*arguments))
-    except BaseException as problem:  # noqa: BLE001 whatever it is, it becomes a row
+    except BaseException as problem:
         outcome = Outcome(_status_of(problem), reason=_one_line(problem))
     with suppress(BrokenPipeError):
         sender.send(outcome)

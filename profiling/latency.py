@@ -31,6 +31,8 @@ class Patience:
     most: int = 2000
 
 
+STANDARD = Patience()
+"""For results that others read."""
 QUICK = Patience(least=3, seconds=0.05)
 """For smoke runs."""
 SAMPLE_MS = 1.0
@@ -69,7 +71,7 @@ class Latency:
         }  # fmt: skip
 
 
-def measure(step: Callable[[], object], device: str, patience: Patience = Patience()) -> Latency:
+def measure(step: Callable[[], object], device: str, patience: Patience = STANDARD) -> Latency:
     """Wall time of ``step``, the device synchronised before and after each sample."""
     wait = torch.cuda.synchronize if device == "cuda" else _nothing
     step()
@@ -89,7 +91,7 @@ def measure(step: Callable[[], object], device: str, patience: Patience = Patien
     return _collect(sample, patience)
 
 
-def measure_device(step: Callable[[], object], patience: Patience = Patience()) -> Latency:
+def measure_device(step: Callable[[], object], patience: Patience = STANDARD) -> Latency:
     """CUDA: time on the device between two events around ``step``, with everything evicted from L2 before."""
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention_zoo.contract import Macs
-from profiling.workload import Workload
+from profiling.workload import Workload, imitated
 
 
 def analytic(module: nn.Module, height: int, width: int) -> Macs | None:
@@ -22,23 +22,28 @@ def analytic(module: nn.Module, height: int, width: int) -> Macs | None:
     if not hasattr(module, "macs"):
         return None
     try:
-        return module.macs(height, width)
+        return module.macs(height, width)  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
 
 
 def counted(work: Workload) -> tuple[int, int]:
-    """Forward and backward MACs of a workload on ``meta``, operator by operator; costs no memory.
+    """Forward and backward MACs, operator by operator, on ``meta`` tensors: costs no memory.
 
     On meta, fused attention is split into its matrix products, so that none goes uncounted.
     """
-    with work.settings(), FlopCounterMode(display=False) as forward, torch.no_grad():
-        work.module(work.x.detach())
-    if work.mode == "forward":
-        return forward.get_total_flops() // 2, 0
-    with work.settings(), FlopCounterMode(display=False) as both:
-        work.step()
+    with imitated(work, _meta) as imitation, imitation.settings():
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            imitation.module(imitation.x.detach())
+        if work.mode == "forward":
+            return forward.get_total_flops() // 2, 0
+        with FlopCounterMode(display=False) as both:
+            imitation.step()
     return forward.get_total_flops() // 2, (both.get_total_flops() - forward.get_total_flops()) // 2
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def by_fvcore(work: Workload) -> int:

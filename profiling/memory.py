@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from profiling.scratch import Call, bound, is_opaque, memory_events, peak_of, scratch
-from profiling.workload import Workload
+from profiling.workload import Workload, imitated
 
 CUDA_BLOCK = 512
 """Bytes to which PyTorch's CUDA allocator rounds every allocation."""
@@ -97,27 +96,12 @@ def predict(work: Workload, device: str = "cpu") -> Memory:
     alone and its storages are followed through forward and backward, so any resolution costs the same.
     """
     tracker = Allocations(CUDA_BLOCK if device.startswith("cuda") else 1)
-    fakes: dict[int, Tensor] = {}
-
-    def fake(tensor: Tensor) -> Tensor:
-        # On "cpu" for every device: a fake CUDA tensor needs a PyTorch that was built with CUDA.
-        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        return fakes.setdefault(id(tensor), like.requires_grad_(tensor.requires_grad))
-
-    with FakeTensorMode():
-        state = {name: fake(t) for name, t in _state(work.module)}
-        grad = None if work.grad is None else fake(work.grad)
-        x = fake(work.x).detach()
-        with _reparametrize_module(work.module, state):
-            imitation = Workload(
-                work.module, x, work.mode, work.dtype, grad=grad, input_gradient=work.input_gradient
-            )
-            del x
-            for tensor in (*fakes.values(), imitation.x):
-                tracker.know(tensor)
-            tracker.peak = base = tracker.live
-            with imitation.settings(), tracker:
-                imitation.step()
+    with FakeTensorMode(), imitated(work, _fake) as imitation:
+        for tensor in imitation.tensors():
+            tracker.know(tensor)
+        tracker.peak = base = tracker.live
+        with imitation.settings(), tracker:
+            imitation.step()
     return Memory(base, tracker.peak if device.startswith("cuda") else tracker.peak_with_scratch())
 
 
@@ -154,5 +138,6 @@ def _forget_gradients(work: Workload) -> None:
     work.module.zero_grad(set_to_none=True)
 
 
-def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+def _fake(tensor: Tensor) -> Tensor:
+    # On "cpu" for every device: a fake CUDA tensor needs a PyTorch that was built with CUDA.
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")

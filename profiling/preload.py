@@ -2,7 +2,7 @@
 
 import fvcore.nn  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401  FlopCounterMode and convolutions import it on first use
+import torch._dynamo
 from torch import nn
 
 import attention_zoo  # noqa: F401

@@ -34,16 +34,28 @@ class Row(pa.DataFrameModel):
 
     # who: the key
     sweep: Series[str] = pa.Field(description="Which sweep the cell belongs to.")
-    kind: Series[str] = pa.Field(isin=("attention", "block", "model"), description="What was built around the attention.")
+    kind: Series[str] = pa.Field(
+        isin=("attention", "block", "model"), description="What was built around the attention."
+    )
     name: Series[str] = pa.Field(description="Registered name of the attention, or name of the model.")
-    impl_requested: Series[str] = pa.Field(description="The implementation asked for; auto picks the fastest that can run.")
+    impl_requested: Series[str] = pa.Field(
+        description="The implementation asked for; auto picks the fastest that can run."
+    )
     compiled: Series[pd.BooleanDtype] = pa.Field(description="Whether the module ran under torch.compile.")
     deterministic: Series[pd.BooleanDtype] = pa.Field(description="Whether deterministic kernels were required.")
-    mode: Series[str] = pa.Field(isin=("forward", "forward_backward"), description="forward: without gradients. forward_backward: gradients of the input (not of a model's image) and all parameters.")
-    dtype: Series[str] = pa.Field(isin=("fp64", "fp32", "tf32", "bf16", "fp16"), description="bf16 and fp16 are autocast over fp32 parameters; tf32 is fp32 with rounded matrix products.")
+    mode: Series[str] = pa.Field(
+        isin=("forward", "forward_backward"),
+        description="forward: no gradients. forward_backward: of parameters and input, less a model's image.",
+    )
+    dtype: Series[str] = pa.Field(
+        isin=("fp64", "fp32", "tf32", "bf16", "fp16"),
+        description="bf16, fp16: autocast over fp32 parameters; tf32: fp32 with rounded matrix products.",
+    )
     device: Series[str] = pa.Field(isin=("cpu", "cuda"), description="Kind of device.")
     batch: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Images per step.")
-    height: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Tokens (attention, block) or pixels (model) per column.")
+    height: Series[pd.Int64Dtype] = pa.Field(
+        ge=1, description="Tokens (attention, block) or pixels (model) per column."
+    )
     width: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Tokens (attention, block) or pixels (model) per row.")
     dim: Series[pd.Int64Dtype] = _count("Channels; empty for models, which have several.")
     num_heads: Series[pd.Int64Dtype] = _count("Heads; empty for models.")
@@ -68,26 +80,42 @@ class Row(pa.DataFrameModel):
     replicate: Series[pd.Int64Dtype] = pa.Field(ge=0, description="Which of several processes measured the same case.")
     device_name: Series[str] = pa.Field(description="The device, as it names itself.")
     # outcome
-    status: Series[str] = pa.Field(isin=STATUSES, description="ok: measured. predicted: counted and predicted only, as the sweep asks. Else how the cell failed.")
+    status: Series[str] = pa.Field(
+        isin=STATUSES, description="ok: measured. predicted: by request not measured. Else how the cell failed."
+    )
     reason: Series[pd.StringDtype] = _text("Why the status is not ok, in one line.")
     impl: Series[pd.StringDtype] = _text("The implementation that ran.")
     # cost
     params: Series[pd.Int64Dtype] = _count("Learnable parameters.")
-    macs_analytic: Series[pd.Int64Dtype] = _count("MACs of the forward pass by the module's own formula. What papers call FLOPs.")
-    macs_counted: Series[pd.Int64Dtype] = _count("MACs of the forward pass counted operator by operator (FlopCounterMode on meta tensors).")
-    macs_fvcore: Series[pd.Int64Dtype] = _count("MACs of the forward pass by fvcore's convention, which counts normalisations too.")
-    macs_agree: Series[pd.BooleanDtype] = _text("Whether analytic and counted are equal and fvcore is within 1 % of them; empty with fewer than two counts.")
+    macs_analytic: Series[pd.Int64Dtype] = _count(
+        "MACs of the forward pass by the module's formula; what papers call FLOPs."
+    )
+    macs_counted: Series[pd.Int64Dtype] = _count(
+        "The same, counted operator by operator (FlopCounterMode on meta tensors)."
+    )
+    macs_fvcore: Series[pd.Int64Dtype] = _count(
+        "The same by fvcore, which counts normalisations too; empty where it cannot trace."
+    )
+    macs_agree: Series[pd.BooleanDtype] = _text(
+        "Analytic and counted are equal, fvcore within 1 %; empty with fewer than two counts."
+    )
     macs_backward_counted: Series[pd.Int64Dtype] = _count("MACs of the backward pass, counted.")
-    macs_projection: Series[pd.Int64Dtype] = _count("Part of macs_analytic: linear maps to queries, keys, values and output.")
+    macs_projection: Series[pd.Int64Dtype] = _count(
+        "Part of macs_analytic: linear maps of queries, keys, values, output."
+    )
     macs_routing: Series[pd.Int64Dtype] = _count("Part of macs_analytic: choosing what to attend to.")
     macs_attention: Series[pd.Int64Dtype] = _count("Part of macs_analytic: scores and weighted sums.")
     macs_local_conv: Series[pd.Int64Dtype] = _count("Part of macs_analytic: depthwise convolutions.")
     kv_tokens_per_query: Series[float] = _number("Key tokens that one query attends to, mean over queries.")
     regions_per_side: Series[pd.Int64Dtype] = _count("bra: S, resolved where n_win is auto.")
     # memory
-    memory_predicted_bytes: Series[pd.Int64Dtype] = _count("Peak allocated bytes of one step, predicted without running it; base included.")
-    memory_peak_bytes: Series[pd.Int64Dtype] = _count("Peak allocated bytes of one step, measured; base included.")
-    memory_base_bytes: Series[pd.Int64Dtype] = _count("Bytes allocated before the step: parameters, buffers, input, output gradient.")
+    memory_predicted_bytes: Series[pd.Int64Dtype] = _count(
+        "Peak allocated bytes of one step, base included, predicted without running it."
+    )
+    memory_peak_bytes: Series[pd.Int64Dtype] = _count("The same, measured.")
+    memory_base_bytes: Series[pd.Int64Dtype] = _count(
+        "Bytes there before the step: parameters, buffers, input, output gradient."
+    )
     memory_reserved_bytes: Series[pd.Int64Dtype] = _count("CUDA: most bytes the allocator held.")
     # time
     latency_p50_ms: Series[float] = _number("Median wall time of one step.")
@@ -97,17 +125,23 @@ class Row(pa.DataFrameModel):
     latency_low_ms: Series[float] = _number("Lower end of the 95 % interval of the median.")
     latency_high_ms: Series[float] = _number("Upper end of the 95 % interval of the median.")
     latency_samples: Series[pd.Int64Dtype] = _count("Samples taken; a sample of a short step is the mean of several.")
-    latency_stop: Series[pd.StringDtype] = _text("Why sampling stopped: converged, time_limit or max_samples.", isin=("converged", "time_limit", "max_samples"))
+    latency_stop: Series[pd.StringDtype] = _text(
+        "Why sampling stopped: converged, time_limit or max_samples.", isin=("converged", "time_limit", "max_samples")
+    )
     compile_ms: Series[float] = _number("First call under torch.compile.")
     device_time_p50_ms: Series[float] = _number("CUDA: median time on the device with a cold L2 cache.")
-    launch_bound: Series[float] = _number("CUDA: wall time over device time; well above 1 means that launches cost more than work.")
+    launch_bound: Series[float] = _number(
+        "CUDA: wall time over device time; well above 1, launches cost more than work."
+    )
     sdpa_backend: Series[pd.StringDtype] = _text("CUDA: which kernel scaled_dot_product_attention ran.")
     achieved_tflops: Series[float] = _number("2 x MACs of the step over its time (device time on CUDA).")
-    arithmetic_intensity: Series[float] = _number("FLOPs per byte, if parameters, input and output crossed the memory once.")
+    arithmetic_intensity: Series[float] = _number("FLOPs per byte if parameters, input and output crossed memory once.")
     roofline_fraction: Series[float] = _number("The least time the device's measured peaks allow, over the time taken.")
     # trust
-    agreement_error: Series[float] = _number("Largest relative error of outputs and gradients against the fp64 reference; empty for the reference.")
-    agreement_tolerance: Series[float] = _number("The error that was allowed, from the reference's own error in this dtype.")
+    agreement_error: Series[float] = _number(
+        "Largest relative error of output and gradients against the fp64 reference."
+    )
+    agreement_tolerance: Series[float] = _number("The error allowed: a multiple of the reference's own in this dtype.")
     threads: Series[pd.Int64Dtype] = _count("CPU threads PyTorch used.")
     driver: Series[pd.StringDtype] = _text("CUDA driver.")
     torch: Series[pd.StringDtype] = _text("PyTorch version.")
@@ -124,22 +158,29 @@ class Row(pa.DataFrameModel):
     foreign_processes: Series[pd.Int64Dtype] = _count("CUDA: other processes on the device while timing.")
 
     class Config:
+        """No column more, none less, in this order."""
+
         strict = True
         ordered = True
         coerce = True
 
     @pa.dataframe_check(error="only a cell with status ok has measured times and memory")
     def measured_only_if_ok(cls, df: pd.DataFrame) -> pd.Series:
+        """A failed cell has no number that looks like a result."""
         return (df["status"] == "ok") | df[list(MEASURED)].isna().all(axis=1)
 
     @pa.dataframe_check(error="a cell with status ok has a time; any other has a reason")
     def outcome_complete(cls, df: pd.DataFrame) -> pd.Series:
+        """No cell without an outcome."""
         ok = df["status"] == "ok"
         return (ok & df["latency_p50_ms"].notna()) | (~ok & df["reason"].notna())
 
     @pa.dataframe_check(error="macs_agree contradicts the counts")
     def agreement_consistent(cls, df: pd.DataFrame) -> pd.Series:
-        expected = [agree(*counts) for counts in zip(df["macs_analytic"], df["macs_counted"], df["macs_fvcore"], strict=True)]
+        """The flag says what the counts say."""
+        expected = [
+            agree(*counts) for counts in zip(df["macs_analytic"], df["macs_counted"], df["macs_fvcore"], strict=True)
+        ]
         stated = [None if pd.isna(value) else bool(value) for value in df["macs_agree"]]
         return pd.Series([e == s for e, s in zip(expected, stated, strict=True)], index=df.index)
 
@@ -181,7 +222,9 @@ def validate(rows: list[dict[str, Any]]) -> pd.DataFrame:
 def load(*paths: str | Path) -> pd.DataFrame:
     """Read result files into one table; SchemaError if a file is of another schema."""
     tables = [_typed(_read(Path(path)), str(path)) for path in paths]
-    return pd.concat(tables, ignore_index=True) if tables else _typed(pd.DataFrame(columns=list(COLUMNS), dtype=str), "")
+    return (
+        pd.concat(tables, ignore_index=True) if tables else _typed(pd.DataFrame(columns=list(COLUMNS), dtype=str), "")
+    )
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -191,7 +234,8 @@ def _read(path: Path) -> pd.DataFrame:
         raise SchemaError(f"{path} is not a results file: {problem}") from problem
     if tuple(table.columns) != COLUMNS:
         odd = sorted(set(table.columns) ^ set(COLUMNS))
-        raise SchemaError(f"{path} holds a CSV of another schema (columns that differ: {', '.join(odd) or 'their order'})")
+        differ = ", ".join(odd) or "their order"
+        raise SchemaError(f"{path} holds a CSV of another schema (columns that differ: {differ})")
     return table
 
 
@@ -202,7 +246,9 @@ def _typed(table: pd.DataFrame, where: str) -> pd.DataFrame:
         if kind.startswith("bool"):
             typed[name] = typed[name].map({"True": True, "False": False}, na_action="ignore").astype("boolean")
         elif kind.startswith(("int", "float")):
-            typed[name] = pd.to_numeric(typed[name], errors="coerce").astype("Int64" if kind.startswith("int") else "float64")
+            typed[name] = pd.to_numeric(typed[name], errors="coerce").astype(
+                "Int64" if kind.startswith("int") else "float64"
+            )
     try:
         return Row.validate(typed)
     except (pa.errors.SchemaError, pa.errors.SchemaErrors) as problem:

@@ -45,6 +45,7 @@ class Call(NamedTuple):
 
     @classmethod
     def of(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        """A call that an operator has received."""
         return cls(func, tuple(map(_freeze, args)), tuple((k, _freeze(v)) for k, v in kwargs.items()))
 
 
@@ -74,7 +75,7 @@ def scratch(call: Call) -> int:
 
 def memory_events(profiler: profile) -> list[int]:
     """Bytes of every allocation (positive) and release (negative) that a profiler with profile_memory saw."""
-    kineto = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    kineto: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     events = [event for event in kineto.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
@@ -106,7 +107,6 @@ def _freeze(value: Any) -> Any:
 def _pixels(call: Call) -> int:
     x = _input(call)
     return x.shape[0] * x.shape[2] * x.shape[3]
-
 
 
 def _input(call: Call) -> Spec:

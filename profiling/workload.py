@@ -1,11 +1,12 @@
 """One step of work on a module: what every meter runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 Mode = Literal["forward", "forward_backward"]
 Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
@@ -71,13 +72,35 @@ class Workload:
             torch.use_deterministic_algorithms(self.deterministic)
             if self.dtype in AUTOCAST and not self.x.is_meta:
                 # The cache would keep casts of the weights alive between steps.
-                stack.enter_context(
-                    torch.autocast(self.x.device.type, dtype=AUTOCAST[self.dtype], cache_enabled=False)
-                )
+                stack.enter_context(torch.autocast(self.x.device.type, dtype=AUTOCAST[self.dtype], cache_enabled=False))
             yield
 
     def base_bytes(self) -> int:
         """Bytes that are there before the step: parameters, buffers, input and output gradient, each storage once."""
-        tensors = [*self.module.parameters(), *self.module.buffers(), self.x]
-        tensors += [] if self.grad is None else [self.grad]
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in self.tensors()}.values())
+
+    def tensors(self) -> list[Tensor]:
+        """All that is there before the step."""
+        grad = [] if self.grad is None else [self.grad]
+        return [*self.module.parameters(), *self.module.buffers(), self.x, *grad]
+
+
+@contextmanager
+def imitated(work: Workload, make: Callable[[Tensor], Tensor]) -> Iterator[Workload]:
+    """The same workload with every tensor (parameter, buffer, input, output gradient) replaced by ``make(tensor)``.
+
+    The module itself is lent, not copied: it has its own tensors back on exit.
+    """
+    made: dict[int, Tensor] = {}
+
+    def imitate(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = make(tensor).requires_grad_(tensor.requires_grad)
+        return made[id(tensor)]
+
+    module = work.module
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    state = {name: imitate(tensor) for name, tensor in named}
+    grad = None if work.grad is None else imitate(work.grad)
+    with _reparametrize_module(module, state):
+        yield Workload(module, make(work.x), work.mode, work.dtype, grad=grad, input_gradient=work.input_gradient)

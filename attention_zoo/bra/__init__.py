@@ -124,10 +124,9 @@ class BiLevelRoutingAttention(Attention):
             InvalidOption: S does not divide the grid and auto_pad is off, or the regions are too small for the
                 kv downsampling.
         """
-        if self.n_win == "auto":
+        side = self.n_win
+        if side == "auto":
             side = auto_regions_per_side(height, width, self.topk, self.auto_pad)
-        else:
-            side = self.n_win
         if not self.auto_pad and (height % side or width % side):
             raise InvalidOption(
                 f"n_win={side} does not divide the {height} x {width} grid; "
@@ -155,9 +154,7 @@ class BiLevelRoutingAttention(Attention):
         return self.topk * kv_height * kv_width
 
 
-def _check(
-    qk_dim: int, num_heads: int, n_win: int | str, topk: int, param_routing: bool, diff_routing: bool
-) -> None:
+def _check(qk_dim: int, num_heads: int, n_win: int | str, topk: int, param_routing: bool, diff_routing: bool) -> None:
     if qk_dim % num_heads:
         raise InvalidOption(f"qk_dim={qk_dim} is not divisible by num_heads={num_heads}")
     if isinstance(n_win, int) and topk > n_win**2:

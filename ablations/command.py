@@ -1,0 +1,108 @@
+"""The command line of run_all.py."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ablations import summary
+from ablations.launch import Launcher, LaunchError, Settings
+from ablations.store import StoreError, check_results_folder
+from ablations.sweep import Sweep, select
+from attention_zoo import InvalidOption, load_plugin
+from profiling.arguments import Parser, run_reporting
+from profiling.environment import check_device
+from profiling.isolation import StartError
+
+EXAMPLES = """examples:
+  python run_all.py                                all sweeps on this machine
+  python run_all.py --smoke --results /tmp/try     a minute's version of everything
+  python run_all.py --only resolution --dry-run    what would run, and what would not fit
+  python run_all.py --plugin my_attention.py       your own attention beside the others
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; returns the exit status: 0, or 2 with one line on stderr if the input is wrong."""
+    return run_reporting(lambda: _run(_parse(arguments)), StoreError, LaunchError, StartError)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="run_all.py",
+        description="Sweep attentions over resolutions and options; write tidy CSVs.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--only", metavar="SWEEP,...", help="these sweeps instead of all")
+    parser.add_argument("--smoke", action="store_true", help="few, small cells; seconds instead of minutes")
+    parser.add_argument("--list", action="store_true", help="name the sweeps and their questions, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="show every cell with its predicted memory, and stop")
+    parser.add_argument("--fresh", action="store_true", help="start anew; old files are kept beside")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed cells again too")
+    parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours")
+    return parser.parse_args(arguments)
+
+
+def _run(options: argparse.Namespace) -> int:
+    for plugin in options.plugin:
+        load_plugin(plugin)
+    sweeps = select(options.only)
+    if options.list:
+        return _list(sweeps)
+    if options.device == "auto":
+        options.device = "cpu" if check_device("cuda") else "cuda"
+    if reason := check_device(options.device):
+        raise InvalidOption(f"--device {options.device}: {reason}; valid here: cpu, auto")
+    settings = Settings(
+        options.device, options.results, options.smoke, options.fresh, options.retry_failed,
+        tuple(str(Path(plugin).resolve()) for plugin in options.plugin),
+    )  # fmt: skip
+    if options.dry_run:
+        return _dry_run(Launcher(settings), sweeps)
+    check_results_folder(options.results)
+    return _measure(Launcher(settings), sweeps)
+
+
+def _list(sweeps: dict[str, Sweep]) -> int:
+    for name, sweep in sweeps.items():
+        print(f"{name}: {sweep.question}\n    expect: {sweep.expect}")
+    return 0
+
+
+def _dry_run(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
+    table = Table("sweep", "cell", "predicted MiB", "will")
+    table.columns[2].justify = "right"
+    verdicts = {"measure": "run", "predicted": "be predicted only", "oom": "not fit"}
+    cells = 0
+    for name, case, columns, verdict in launcher.plan(sweeps):
+        size = columns.get("memory_predicted_bytes")
+        will = verdicts[verdict] if "status" not in columns else columns["reason"]
+        table.add_row(name, str(case), "" if size is None else f"{size / 2**20:,.1f}", will)
+        cells += 1
+    Console().print(table)
+    print(f"{cells} cells on {launcher.facts['device_name']}, {launcher.available / 2**30:.1f} GiB free")
+    return 0
+
+
+def _measure(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
+    console = Console(stderr=True)
+    start = time.perf_counter()
+    columns = (
+        BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}", markup=False),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=1) as progress:
+        task = progress.add_task("planning")
+        for cell, number, total in launcher.run(sweeps):
+            progress.update(task, total=total, completed=number, description=f"{cell.sweep}: {cell.case}")
+            if not console.is_terminal:
+                print(f"[{number + 1}/{total}] {cell.sweep}: {cell.case}", file=sys.stderr, flush=True)
+        progress.update(task, completed=progress.tasks[0].total, description="done")
+    summary.show(launcher.report, time.perf_counter() - start)
+    return 0

@@ -1,0 +1,149 @@
+"""From cases to rows: plan, predict, measure in isolation, append."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ablations.store import Store, exclusive
+from ablations.sweep import Sweep
+from profiling import environment, isolation, roofline
+from profiling.case import Case
+from profiling.cell import Job, measure, theory
+from profiling.latency import QUICK
+from profiling.rows import agree
+
+HEADROOM = 0.9
+"""Share of the free memory that a cell may be predicted to need."""
+
+
+class LaunchError(RuntimeError):
+    """The run cannot start on this device; the message says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run, as the command line says it."""
+
+    device: str = "cpu"
+    results: Path = Path("results")
+    smoke: bool = False
+    fresh: bool = False
+    retry_failed: bool = False
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass
+class Report:
+    """What a run has done."""
+
+    folder: Path
+    files: list[Path] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A case to run, and where its row goes."""
+
+    sweep: str
+    case: Case
+    job: Job
+    store: Store
+    timeout: float
+    measured: bool
+
+
+class Launcher:
+    """Runs sweeps on one device of this machine, one cell at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        isolation.start()
+        self.facts = self._ask(environment.describe, settings.device)
+        self.available = self._ask(environment.available_bytes, settings.device)
+        self.folder = settings.results / environment.slug(self.facts["device_name"])
+
+    def run(self, sweeps: dict[str, Sweep]) -> Iterator[tuple[Cell, int, int]]:
+        """Run what is not finished; yields each cell before it runs, with its number and their total."""
+        self.report = report = Report(self.folder)
+        with exclusive(self.folder):
+            peaks = roofline.stored(self.folder, self.settings.device, self._ask)
+            cells = list(self._plan(sweeps, report))
+            for number, cell in enumerate(cells):
+                yield cell, number, len(cells)
+                row = self._row(cell, peaks)
+                cell.store.append(row)
+                report.statuses[row["status"]] += 1
+
+    def plan(self, sweeps: dict[str, Sweep]) -> Iterator[tuple[str, Case, dict[str, Any], str]]:
+        """Every cell with its theory and whether it will be measured, without running or writing anything."""
+        for name, sweep in sweeps.items():
+            for case in sweep.cases(self.settings.device, self.settings.smoke):
+                outcome = isolation.call(theory, self._job(case, sweep), timeout=sweep.timeout)
+                columns = outcome.value or {"status": outcome.status, "reason": outcome.reason}
+                yield name, case, columns, self._verdict(columns, sweep.measured(case))
+
+    def _plan(self, sweeps: dict[str, Sweep], report: Report) -> Iterator[Cell]:
+        for name, sweep in sweeps.items():
+            store = Store(self.folder / f"{name}.csv")
+            if self.settings.fresh:
+                store.set_aside()
+            report.files.append(store.path)
+            cases = sweep.cases(self.settings.device, self.settings.smoke)
+            if sweep.replicates > 1:
+                random.Random(0).shuffle(cases)
+            for case in cases:
+                if store.finished(case.key(name, self.facts["device_name"]), self.settings.retry_failed):
+                    report.skipped += 1
+                else:
+                    yield Cell(name, case, self._job(case, sweep), store, sweep.timeout, sweep.measured(case))
+
+    def _job(self, case: Case, sweep: Sweep) -> Job:
+        return Job(case, self.settings.plugins, QUICK if self.settings.smoke else sweep.patience)
+
+    def _row(self, cell: Cell, peaks: roofline.Peaks) -> dict[str, Any]:
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        row = cell.case.who(cell.sweep, self.facts["device_name"]) | self.facts | {"started_at": started}
+        outcome = isolation.call(theory, cell.job, timeout=cell.timeout)
+        seconds = outcome.seconds
+        row |= outcome.value or {}
+        verdict = self._verdict(row, cell.measured)
+        if outcome.status != "ok":
+            row |= {"status": outcome.status, "reason": outcome.reason}
+        elif verdict == "measure":
+            outcome = isolation.call(measure, cell.job, timeout=cell.timeout, memory=self._limit())
+            seconds += outcome.seconds
+            row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
+            if outcome.status == "ok":
+                row |= roofline.columns(row, cell.case, peaks)
+                row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row["macs_fvcore"])
+        else:
+            row |= {"status": verdict, "reason": self._why(row, verdict)}
+        return row | {"cell_seconds": seconds}
+
+    def _verdict(self, columns: dict[str, Any], measured: bool) -> str:
+        """What to do with a case, from its theory: measure, or leave it predicted, or oom since it cannot fit."""
+        if not measured:
+            return "predicted"
+        predicted = columns.get("memory_predicted_bytes")
+        return "oom" if predicted and predicted > HEADROOM * self.available else "measure"
+
+    def _why(self, row: dict[str, Any], verdict: str) -> str:
+        if verdict == "predicted":
+            return "counted and predicted only, as the sweep asks"
+        needs, has = row["memory_predicted_bytes"] / 2**30, self.available / 2**30
+        return f"predicted: needs {needs:.1f} GiB, {has:.1f} GiB are free"
+
+    def _limit(self) -> int | None:
+        return self.available if self.settings.device == "cpu" else None
+
+    def _ask(self, question: Any, *arguments: Any) -> Any:
+        outcome = isolation.call(question, *arguments)
+        if outcome.status != "ok":
+            raise LaunchError(f"cannot use {self.settings.device}: {outcome.reason}")
+        return outcome.value

@@ -1,0 +1,22 @@
+"""Which attention can I afford at my resolution?
+
+python run_all.py --only resolution
+"""
+
+from ablations.sweep import Sweep, attentions
+
+SWEEP = Sweep(
+    question="How do MACs, memory and latency of every attention grow with the grid?",
+    expect="full attention leaves 24 GiB between 112 and 256 tokens per side; window and axial never do. 3 min.",
+    axes={
+        "grid": (14, 28, 56, 112, 256, 512, 1024),
+        "name": attentions,
+        "mode": ("forward", "forward_backward"),
+    },
+    fixed={
+        "dim": 64, "num_heads": 2, "impl": "reference",
+        "n_win": 7, "topk": 4, "auto_pad": True, "side_dwconv": 5, "window_size": 7,
+    },
+    smoke={"grid": (14, 1024)},
+    measured=lambda case: case.height <= 256,
+)  # fmt: skip

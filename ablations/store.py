@@ -1,0 +1,159 @@
+"""A results file that only grows: one row appended and synced at a time, keyed, resumable at any moment."""
+
+import contextlib
+import csv
+import fcntl
+import io
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from attention_zoo import InvalidOption
+from profiling.rows import COLUMNS, KEY, as_text, load, validate
+
+FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
+
+
+class StoreError(RuntimeError):
+    """The results cannot be written; the message says why, and what was written before is unharmed."""
+
+
+class Store:
+    """The rows of one sweep on one device.
+
+    A last line that a killed run left unfinished is cut off on opening; a file of another schema is refused.
+
+    Raises:
+        SchemaError: ``path`` holds something else than rows of this schema.
+        StoreError: ``path`` cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_torn_line(path)
+            self._status = {key: status for key, status in self._keys()}
+            if not path.exists() or path.stat().st_size == 0:
+                _append(path, ",".join(COLUMNS) + "\n")
+
+    def finished(self, key: tuple[str, ...], retry_failed: bool = False) -> bool:
+        """Whether the case needs no run: it has a row, and not one of a failure that is to be retried."""
+        status = self._status.get(key)
+        return status is not None and not (retry_failed and status in FAILED)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Validate a row and put it on disk; a row of the same key is replaced."""
+        validate([row])
+        text = [as_text(row.get(name)) for name in COLUMNS]
+        key = tuple(text[: len(KEY)])
+        with _explained(self.path):
+            if key in self._status:
+                self._drop(key)
+            _append(self.path, _line(text))
+        self._status[key] = text[COLUMNS.index("status")]
+
+    def frame(self) -> pd.DataFrame:
+        """All rows."""
+        return load(self.path)
+
+    def set_aside(self) -> Path | None:
+        """Rename the file, to start anew with the old one beside it; None if there was nothing in it."""
+        if not self._status:
+            return None
+        aside = self.path.with_suffix(time.strftime(".%Y%m%dT%H%M%S") + ".csv.old")
+        with _explained(self.path):
+            self.path.rename(aside)
+            _append(self.path, ",".join(COLUMNS) + "\n")
+        self._status.clear()
+        return aside
+
+    def _keys(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if not self.path.exists() or self.path.stat().st_size == 0:
+            return
+        load(self.path)
+        with self.path.open(newline="") as file:
+            for line in csv.DictReader(file):
+                yield tuple(line[name] for name in KEY), line["status"]
+
+    def _drop(self, key: tuple[str, ...]) -> None:
+        with self.path.open(newline="") as file:
+            lines = [line for line in csv.reader(file) if tuple(line[: len(KEY)]) != key]
+        beside = self.path.with_suffix(".tmp")
+        beside.unlink(missing_ok=True)
+        _append(beside, "".join(map(_line, lines)))
+        beside.replace(self.path)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for one run; StoreError if another run holds it."""
+    with _explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "run.lock").open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            raise StoreError(f"{folder} is in use by another run (process {holder}); wait for it to end") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def check_results_folder(folder: Path) -> None:
+    """InvalidOption unless ``folder`` is, or can become, a folder that this process can write to."""
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise InvalidOption(f"--results {folder}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InvalidOption(f"--results {folder}: no permission to write to {nearest}")
+
+
+def _append(path: Path, text: str) -> None:
+    """Write all of ``text`` or, should the disk be full, nothing."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        before = os.fstat(descriptor).st_size
+        try:
+            data = text.encode()
+            while data:
+                data = data[os.write(descriptor, data) :]
+            os.fsync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+
+
+def _line(values: list[str]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerow(values)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise StoreError(f"cannot write {path}: {problem.strerror or problem}") from problem

@@ -1,0 +1,68 @@
+"""What a run ends with: cells by status, files written, the findings worth reading first."""
+
+import pandas as pd
+
+from ablations.launch import Report
+from profiling.rows import load
+
+MIB = 2**20
+
+
+def show(report: Report, seconds: float) -> None:
+    """Print the summary of a run to stdout."""
+    ran = ", ".join(f"{count} {status}" for status, count in sorted(report.statuses.items())) or "nothing new"
+    skipped = f"; {report.skipped} were there already" if report.skipped else ""
+    print(f"\nCells: {ran}{skipped}. {seconds:.0f} s.")
+    print("Files:")
+    for path in report.files:
+        print(f"  {path}")
+    found = findings(load(*report.files))
+    if found:
+        print("Findings:")
+        for finding in found:
+            print(f"  - {finding}")
+
+
+def findings(rows: pd.DataFrame) -> list[str]:
+    """Up to three sentences, each computed from the rows; fewer where the rows do not carry them."""
+    return [sentence for find in (_memory_limit, _topk, _models) if (sentence := find(rows))]
+
+
+def _memory_limit(rows: pd.DataFrame) -> str | None:
+    cells = rows[(rows["sweep"] == "resolution") & (rows["mode"] == "forward_backward")]
+    grids = sorted(cells["height"].unique())
+    pairs = cells.pivot_table(index="height", columns="name", values="memory_predicted_bytes", aggfunc="first")
+    if not {"full", "bra", "window"} <= set(pairs.columns) or not grids:
+        return None
+    top = pairs.loc[grids[-1]] / 2**30
+    return (
+        f"At {grids[-1]} x {grids[-1]} tokens a training step needs {top['window']:,.1f} GiB with window attention, "
+        f"{top['bra']:,.0f} GiB with BRA as published and {top['full']:,.0f} GiB with full attention (predicted)."
+    )
+
+
+def _topk(rows: pd.DataFrame) -> str | None:
+    cells = _measured(rows, "topk")
+    cells = cells[cells["n_win"] == "7"]
+    if cells["topk"].nunique() < 2:
+        return None
+    by_topk = cells.groupby("topk")[["latency_p50_ms", "macs_counted"]].median()
+    low, high = by_topk.index.min(), by_topk.index.max()
+    time, macs = (by_topk.loc[high, column] / by_topk.loc[low, column] for column in by_topk.columns)
+    return f"BRA with topk {high} instead of {low} (n_win 7) takes {time:.1f}x the time for {macs:.1f}x the MACs."
+
+
+def _measured(rows: pd.DataFrame, sweep: str) -> pd.DataFrame:
+    return rows[(rows["sweep"] == sweep) & (rows["mode"] == "forward") & (rows["status"] == "ok")]
+
+
+def _models(rows: pd.DataFrame) -> str | None:
+    cells = _measured(rows, "models")
+    cells = cells[cells["height"] == 224]
+    if cells.empty:
+        return None
+    parts = [
+        f"{name.replace('biformer_', '')} {row['macs_counted'] / 1e9:.2f} G MACs in {row['latency_p50_ms']:.0f} ms"
+        for name, row in cells.groupby("name").first().iterrows()
+    ]
+    return f"BiFormer at 224 x 224, batch 1: {', '.join(parts)}."

@@ -1,0 +1,103 @@
+"""A sweep: a question, and the cases whose rows answer it. A sweep file holds nothing but one of these."""
+
+import importlib
+import itertools
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from attention_zoo import InvalidOption, names, options
+from profiling.case import Case
+from profiling.latency import STANDARD, Patience
+
+CASE_FIELDS = {f.name for f in fields(Case)} - {"options"}
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A product of axes over cases.
+
+    Attributes:
+        question: what the sweep answers, in one sentence.
+        expect: what a reader should find, and how long the sweep takes.
+        axes: values of fields of a Case, of options, or of ``grid`` (height and width at once). The axis
+            ``name`` may be a function, called when the sweep runs, so that it sees plugins.
+        fixed: as axes, with one value each.
+        smoke: axes to use instead under ``--smoke``.
+        keep: which combinations are cases; all by default.
+        measured: which cases are run; the others are counted and predicted only.
+        replicates: processes that measure each case, interleaved in random order.
+        patience: when to stop timing a case.
+        timeout: seconds a cell may take.
+    """
+
+    question: str
+    expect: str
+    axes: Mapping[str, Sequence[Any] | Callable[[], Sequence[Any]]]
+    fixed: Values = field(default_factory=dict)
+    smoke: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    keep: Callable[[Values], bool] = lambda values: True
+    measured: Callable[[Case], bool] = lambda case: True
+    replicates: int = 1
+    patience: Patience = STANDARD
+    timeout: float = 300.0
+
+    def cases(self, device: str, smoke: bool = False) -> list[Case]:
+        """All cases in the order of the axes, each once per replicate."""
+        axes = {name: values() if callable(values) else values for name, values in self.axes.items()}
+        axes |= dict(self.smoke) if smoke else {}
+        products = (dict(self.fixed) | dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
+        chosen = [_case(dict(values), device) for values in products if self.keep(values)]
+        return [
+            replace(case, replicate=replicate)
+            for replicate in range(1 if smoke else self.replicates)
+            for case in dict.fromkeys(chosen)
+        ]
+
+
+def attentions() -> list[str]:
+    """Every registered attention: for the ``name`` axis."""
+    return names()
+
+
+def discover() -> dict[str, Sweep]:
+    """All sweeps of this package, by the name of their file."""
+    import ablations
+
+    return dict(_sweeps(ablations.__path__))
+
+
+def _sweeps(path: Sequence[str]) -> Iterator[tuple[str, Sweep]]:
+    for module in pkgutil.iter_modules(path):
+        if not module.name.startswith("_"):
+            found = getattr(importlib.import_module(f"ablations.{module.name}"), "SWEEP", None)
+            if isinstance(found, Sweep):
+                yield module.name, found
+
+
+def _case(values: dict[str, Any], device: str) -> Case:
+    if "grid" in values:
+        values["height"] = values["width"] = values.pop("grid")
+    chosen = {name: value for name, value in values.items() if name in CASE_FIELDS}
+    rest = {name: value for name, value in values.items() if name not in CASE_FIELDS}
+    if chosen.get("kind") != "model":
+        declared = options(chosen["name"])
+        # A sweep over attentions states the options of all of them; each takes its own.
+        rest = {name: value for name, value in rest.items() if name in declared}
+    return Case(**chosen, options=tuple(sorted(rest.items())), device=device)
+
+
+def select(chosen: str | None) -> dict[str, Sweep]:
+    """The sweeps named in a comma-separated list, or all; InvalidOption for an unknown name."""
+    sweeps = discover()
+    if chosen is None:
+        return sweeps
+    picked = [name.strip() for name in chosen.split(",") if name.strip()]
+    for name in picked:
+        if name not in sweeps:
+            raise InvalidOption(f"unknown sweep {name!r}; valid: {', '.join(sweeps)}")
+    if not picked:
+        raise InvalidOption(f"--only names no sweep; valid: {', '.join(sweeps)}")
+    return {name: sweeps[name] for name in picked}

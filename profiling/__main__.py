@@ -1,0 +1,154 @@
+"""Profile one configuration: ``python -m profiling --help``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from attention_zoo import MODELS, InvalidOption, load_plugin, names, options
+from profiling import environment, isolation, page
+from profiling.arguments import Parser, run_reporting
+from profiling.case import CHOICES, Case, available_impls
+from profiling.cell import Job, profile_operators, theory
+from profiling.cell import measure as measure_cell
+
+EXAMPLES = """examples:
+  python -m profiling --attention bra --height 56 --width 56 --dim 64 --num-heads 2 --n-win 7 --topk 4
+  python -m profiling --attention bra --kv-downsample-mode avgpool --kv-downsample-ratio 2 --mode forward_backward
+  python -m profiling --attention window --window-size 8 --impl sdpa --json
+  python -m profiling --model biformer_small --height 224 --width 224 --trace traces/small
+  python -m profiling --attention bra --help          the options of one attention
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status: 0, 1 if the configuration failed, 2 if the input is wrong."""
+    return run_reporting(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)), isolation.StartError)
+
+
+def _run(arguments: list[str]) -> int:
+    parser, declared = _parser(arguments)
+    given = parser.parse_args(arguments)
+    case = _case(given, {name: getattr(given, name) for name in declared if hasattr(given, name)})
+    if reason := environment.check_device(case.device):
+        raise InvalidOption(f"--device {case.device}: {reason}; valid here: cpu")
+    if given.trace and not _writable(Path(given.trace)):
+        raise InvalidOption(f"--trace {given.trace}: no permission to write there")
+    # On shapes alone: bad combinations of options show here, before any process is started.
+    case.workload("meta")
+    row, operators = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
+    if given.json:
+        print(json.dumps(row | {"heaviest_operators": operators}, indent=2))
+    else:
+        page.show(case, row, operators, Console())
+        if given.trace and row["status"] == "ok":
+            print(f"Trace in {given.trace}: make tensorboard DIR={given.trace}, or open it in https://ui.perfetto.dev")
+    return 0 if row["status"] == "ok" else 1
+
+
+def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    isolation.start()
+    job = Job(case, plugins)
+    outcome = isolation.call(theory, job)
+    facts = environment.describe(case.device)
+    row: dict[str, Any] = case.who("profiling", facts["device_name"]) | facts
+    row |= outcome.value or {}
+    operators = None
+    if outcome.status == "ok":
+        outcome = isolation.call(measure_cell, job)
+        row |= outcome.value or {}
+    if outcome.status == "ok":
+        operators = isolation.call(profile_operators, job, trace and str(Path(trace).resolve())).value
+    return row | {"status": outcome.status, "reason": outcome.reason}, operators or []
+
+
+def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
+    """The parser for the chosen attention, and the names of its options."""
+    first = Parser(add_help=False)
+    _add_choice(first)
+    chosen = first.parse_known_args(arguments)[0]
+    for plugin in chosen.plugin:
+        load_plugin(plugin)
+    parser = Parser(
+        prog="python -m profiling", epilog=EXAMPLES,
+        description="Cost, memory, latency and heaviest operators of one attention or model, at one size.",
+    )  # fmt: skip
+    _add_choice(parser)
+    _add_common(parser, chosen)
+    declared = _add_options(parser, chosen)
+    return parser, declared
+
+
+def _add_choice(parser: Parser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--attention", metavar="NAME", default=None, help=f"one of: {', '.join(names())} (default: bra)")
+    what.add_argument("--block", metavar="NAME", help="a whole Block around that attention")
+    what.add_argument("--model", metavar="NAME", help=f"one of: {', '.join(MODELS)}")
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours")
+
+
+def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
+    side = 224 if chosen.model else 56
+    for name, default, text in (
+        ("height", side, "tokens, or pixels of a model"), ("width", side, "tokens, or pixels of a model"),
+        ("dim", 64, "channels"), ("num-heads", 2, "heads"), ("batch", 1, "images per step"),
+    ):  # fmt: skip
+        text += f" (default: {default})"
+        parser.add_argument(f"--{name}", type=_integer, default=default, metavar="N", help=text)
+    impls = ("reference", "sdpa") if chosen.model else available_impls(_name(chosen))
+    parser.add_argument("--impl", choices=("auto", *impls), default="auto", help="which code runs it")
+    for name in ("mode", "dtype", "device"):
+        parser.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0] if name != "dtype" else "fp32")
+    parser.add_argument("--compiled", action="store_true", help="under torch.compile")
+    parser.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
+    parser.add_argument("--seed", type=_integer, default=0, metavar="N")
+    parser.add_argument("--trace", metavar="DIR", help="write a trace for TensorBoard and Perfetto")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+
+
+def _add_options(parser: Parser, chosen: argparse.Namespace) -> list[str]:
+    declared = options("bra") if chosen.model else options(_name(chosen))
+    whose = "bra inside the model" if chosen.model else _name(chosen)
+    group = parser.add_argument_group(f"options of {whose}")
+    for name, option in declared.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=option.parse, metavar=name.upper().rsplit("_")[-1],
+            default=argparse.SUPPRESS, help=f"{option.describe()} (default: {option.default})",
+            nargs="?" if option.default is False else None, const=True if option.default is False else None,
+        )  # fmt: skip
+    return list(declared)
+
+
+def _name(chosen: argparse.Namespace) -> str:
+    return chosen.block or chosen.attention or "bra"
+
+
+def _case(given: argparse.Namespace, chosen: dict[str, Any]) -> Case:
+    kind = "model" if given.model else "block" if given.block else "attention"
+    return Case(
+        given.model or _name(given), given.height, given.width,
+        None if given.model else given.dim, None if given.model else given.num_heads,
+        tuple(sorted(chosen.items())), kind, given.impl, given.mode, given.dtype, given.device,
+        given.batch, given.compiled, given.deterministic, given.seed,
+    )  # fmt: skip
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+
+
+def _writable(folder: Path) -> bool:
+    nearest = next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,42 @@
+"""Command lines that answer bad input with one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from attention_zoo import InvalidOption, Unsupported
+from profiling.rows import SchemaError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises InvalidOption instead of printing its usage."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message, with the valid flags where a flag was not one of them."""
+        if message.startswith("unrecognized arguments"):
+            flags = [a.option_strings[0] for a in self._actions if a.option_strings and a.help != argparse.SUPPRESS]
+            message += f"; valid: {', '.join(flags)}"
+        raise InvalidOption(message)
+
+
+def run_reporting(run: Callable[[], int], *expected: type[Exception]) -> int:
+    """Call ``run``; what the user can mend becomes one line on stderr and exit status 2.
+
+    ``expected`` are exceptions to treat so, beside InvalidOption, Unsupported and SchemaError.
+    """
+    mendable: tuple[type[Exception], ...] = (InvalidOption, Unsupported, SchemaError, *expected)
+    try:
+        return run()
+    except mendable as problem:
+        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished cells are kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
