@@ -56,6 +56,7 @@ class Cell:
     store: Store
     timeout: float
     measured: bool
+    oversized: bool
 
 
 class Launcher:
@@ -86,7 +87,7 @@ class Launcher:
             for case in sweep.cases(self.settings.device, self.settings.smoke):
                 outcome = isolation.call(theory, self._job(case, sweep), timeout=sweep.timeout)
                 columns = outcome.value or {"status": outcome.status, "reason": outcome.reason}
-                yield name, case, columns, self._verdict(columns, sweep.measured(case))
+                yield name, case, columns, self._verdict(columns, sweep.measured(case), sweep.oversized)
 
     def _plan(self, sweeps: dict[str, Sweep], report: Report) -> Iterator[Cell]:
         for name, sweep in sweeps.items():
@@ -101,7 +102,8 @@ class Launcher:
                 if store.finished(case.key(name, self.facts["device_name"]), self.settings.retry_failed):
                     report.skipped += 1
                 else:
-                    yield Cell(name, case, self._job(case, sweep), store, sweep.timeout, sweep.measured(case))
+                    job = self._job(case, sweep)
+                    yield Cell(name, case, job, store, sweep.timeout, sweep.measured(case), sweep.oversized)
 
     def _job(self, case: Case, sweep: Sweep) -> Job:
         return Job(case, self.settings.plugins, QUICK if self.settings.smoke else sweep.patience)
@@ -109,29 +111,30 @@ class Launcher:
     def _row(self, cell: Cell, peaks: roofline.Peaks) -> dict[str, Any]:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         row = cell.case.who(cell.sweep, self.facts["device_name"]) | self.facts | {"started_at": started}
-        outcome = isolation.call(theory, cell.job, timeout=cell.timeout)
+        outcome = isolation.call(theory, cell.job, timeout=cell.timeout, memory=self._limit())
         seconds = outcome.seconds
         row |= outcome.value or {}
-        verdict = self._verdict(row, cell.measured)
+        verdict = self._verdict(row, cell.measured, cell.oversized)
         if outcome.status != "ok":
             row |= {"status": outcome.status, "reason": outcome.reason}
         elif verdict == "measure":
             outcome = isolation.call(measure, cell.job, timeout=cell.timeout, memory=self._limit())
             seconds += outcome.seconds
             row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
-            if outcome.status == "ok":
+            if row["status"] == "ok":
                 row |= roofline.columns(row, cell.case, peaks)
                 row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row["macs_fvcore"])
         else:
             row |= {"status": verdict, "reason": self._why(row, verdict)}
         return row | {"cell_seconds": seconds}
 
-    def _verdict(self, columns: dict[str, Any], measured: bool) -> str:
+    def _verdict(self, columns: dict[str, Any], measured: bool, oversized: bool) -> str:
         """What to do with a case, from its theory: measure, or leave it predicted, or oom since it cannot fit."""
         if not measured:
             return "predicted"
         predicted = columns.get("memory_predicted_bytes")
-        return "oom" if predicted and predicted > HEADROOM * self.available else "measure"
+        fits = oversized or not predicted or predicted <= HEADROOM * self.available
+        return "measure" if fits else "oom"
 
     def _why(self, row: dict[str, Any], verdict: str) -> str:
         if verdict == "predicted":

@@ -7,7 +7,7 @@ from ablations.sweep import Sweep
 
 SWEEP = Sweep(
     question="What do BiFormer-T, -S, -B and -STL cost at 224, 384 and 512 pixels, as published (n_win 7)?",
-    expect="2.2, 4.5, 9.8 and 4.6 G MACs at 224; attention grows with the square of the pixels. 2 min.",
+    expect="2.2, 4.5, 9.8 and 4.6 G MACs at 224; attention grows with the square of the pixels. 1.5 min.",
     axes={
         "grid": (224, 384, 512),
         "name": ("biformer_tiny", "biformer_small", "biformer_base", "biformer_stl"),

@@ -31,6 +31,7 @@ class Sweep:
         replicates: processes that measure each case, interleaved in random order.
         patience: when to stop timing a case.
         timeout: seconds a cell may take.
+        oversized: run cells even where they are predicted not to fit the device.
     """
 
     question: str
@@ -43,6 +44,7 @@ class Sweep:
     replicates: int = 1
     patience: Patience = STANDARD
     timeout: float = 300.0
+    oversized: bool = False
 
     def cases(self, device: str, smoke: bool = False) -> list[Case]:
         """All cases in the order of the axes, each once per replicate."""

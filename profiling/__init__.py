@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# The profiler's library prints its progress to stderr unless told not to; it reads this when it is loaded.
+# The profiler's libraries print their progress to stderr unless told not to; they read this when loaded.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def measure(module: "nn.Module", x: "Tensor", mode: str = "forward", dtype: str = "fp32") -> dict[str, Any]:

@@ -58,6 +58,26 @@ def describe(device: str) -> dict[str, Any]:
     }
 
 
+def gpu_state() -> dict[str, Any]:
+    """Clock, temperature, throttling and other processes of the GPU, as columns; empty where NVML cannot be read."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+        harmless = pynvml.nvmlClocksThrottleReasonGpuIdle | pynvml.nvmlClocksThrottleReasonApplicationsClocksSetting
+        others = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu) if p.pid != os.getpid()]
+        return {
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+            "throttled": bool(reasons & ~harmless),
+            "foreign_processes": len(others),
+        }
+    except Exception:  # NVML is an extra: whatever is wrong with it, the measurement stands.
+        return {}
+
+
 def check_device(device: str) -> str | None:
     """Why ``device`` cannot be used here, or None."""
     if device == "cuda" and not torch.cuda.is_available():

@@ -97,10 +97,12 @@ def _died(exitcode: int) -> Outcome:
 def _child(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], memory: int | None) -> None:
     _die_with_parent()
     if memory is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.RLIM_INFINITY))
     try:
         outcome = Outcome("ok", function(*arguments))
     except BaseException as problem:
+        # What the function allocated is still held by its traceback: make room for what follows.
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         outcome = Outcome(_status_of(problem), reason=_one_line(problem))
     with suppress(BrokenPipeError):
         sender.send(outcome)
@@ -115,7 +117,7 @@ def _status_of(problem: BaseException) -> str:
     name, text = type(problem).__name__, str(problem)
     if isinstance(problem, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
         return "oom"
-    return {"Unsupported": "unsupported", "Incorrect": "incorrect"}.get(name, "error")
+    return "unsupported" if name == "Unsupported" else "error"
 
 
 def _one_line(problem: BaseException) -> str:

@@ -26,8 +26,8 @@ class Patience:
 
     width: float = 0.02
     least: int = 15
-    seconds: float = 1.0
-    floor: int = 3
+    seconds: float = 0.5
+    floor: int = 2
     most: int = 2000
 
 
@@ -74,21 +74,19 @@ class Latency:
 def measure(step: Callable[[], object], device: str, patience: Patience = STANDARD) -> Latency:
     """Wall time of ``step``, the device synchronised before and after each sample."""
     wait = torch.cuda.synchronize if device == "cuda" else _nothing
-    step()
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    repeats = max(1, math.ceil(SAMPLE_MS / 1e3 / max(time.perf_counter() - start, 1e-7)))
 
-    def sample() -> float:
+    def run(times: int) -> float:
+        wait()
         start = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(times):
             step()
         wait()
-        return (time.perf_counter() - start) * 1e3 / repeats
+        return (time.perf_counter() - start) * 1e3 / times
 
-    return _collect(sample, patience)
+    run(1)
+    first = run(1)
+    repeats = max(1, math.ceil(SAMPLE_MS / max(first, 1e-4)))
+    return _collect(lambda: run(repeats), patience, [first] if repeats == 1 else [])
 
 
 def measure_device(step: Callable[[], object], patience: Patience = STANDARD) -> Latency:
@@ -110,8 +108,8 @@ def measure_device(step: Callable[[], object], patience: Patience = STANDARD) ->
     return _collect(sample, patience)
 
 
-def _collect(sample: Callable[[], float], patience: Patience) -> Latency:
-    samples: list[float] = []
+def _collect(sample: Callable[[], float], patience: Patience, samples: list[float] | None = None) -> Latency:
+    samples = samples or []
     start = time.perf_counter()
     check_at = patience.least
     while True:

@@ -105,10 +105,14 @@ def predict(work: Workload, device: str = "cpu") -> Memory:
     return Memory(base, tracker.peak if device.startswith("cuda") else tracker.peak_with_scratch())
 
 
-def measure(work: Workload) -> Memory:
-    """Peak bytes of one step of ``work`` on its own device, after a step that warms the allocator up."""
+def measure(work: Workload, warm: bool = False) -> Memory:
+    """Peak bytes of one step of ``work`` on its own device; after another, unless it is ``warm`` already.
+
+    The first step on a device allocates what stays, such as the workspaces of libraries.
+    """
     with work.settings():
-        work.step()
+        if not warm:
+            work.step()
         gc.collect()
         return (_measure_cuda if work.x.is_cuda else _measure_cpu)(work)
 

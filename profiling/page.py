@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,9 +15,8 @@ MIB = 2**20
 def show(case: Case, row: dict[str, Any], operators: list[dict[str, Any]], console: Console) -> None:
     """Print cost, memory, latency and the heaviest operators; a number that was not obtained is a dash."""
     console.print(f"[bold]{escape(str(case))}[/bold]")
-    console.print(
-        f"{row['device_name']}, PyTorch {row['torch']}, implementation {row.get('impl') or '-'}", highlight=False
-    )
+    device = f"{row['device_name']}; PyTorch {row['torch']}; impl {row.get('impl') or '-'}"
+    console.print(device, highlight=False)
     if row["status"] != "ok":
         console.print(f"[bold red]{row['status']}[/bold red]: {escape(row['reason'])}", highlight=False)
     console.print(_cost(row))
@@ -27,14 +27,14 @@ def show(case: Case, row: dict[str, Any], operators: list[dict[str, Any]], conso
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", width=78)
+    table = Table(title=title, title_justify="left", title_style="bold", width=78, box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(column, justify="left" if number == 0 or column == "note" else "right", overflow="fold")
     return table
 
 
 def _cost(row: dict[str, Any]) -> Table:
-    table = _table("Cost of the forward pass", "", "count", "note")
+    table = _table("Cost of the forward pass", "what", "count", "note")
     table.add_row("parameters", _whole(row.get("params")), "")
     table.add_row("MACs, by formula", _whole(row.get("macs_analytic")), "the module's own")
     for part in ("projection", "routing", "attention", "local_conv"):
@@ -51,7 +51,7 @@ def _cost(row: dict[str, Any]) -> Table:
 
 
 def _memory(row: dict[str, Any]) -> Table:
-    table = _table("Memory of one step", "", "MiB", "note")
+    table = _table("Memory of one step", "what", "MiB", "note")
     predicted, peak = row.get("memory_predicted_bytes"), row.get("memory_peak_bytes")
     table.add_row("before the step", _mib(row.get("memory_base_bytes")), "weights, input, output gradient")
     table.add_row("peak, predicted", _mib(predicted), "")
@@ -63,13 +63,11 @@ def _memory(row: dict[str, Any]) -> Table:
 
 
 def _latency(row: dict[str, Any]) -> Table:
-    table = _table("Latency of one step", "", "ms", "note")
-    interval = (
-        f"median within {row['latency_low_ms']:.3f} to {row['latency_high_ms']:.3f}" if "latency_low_ms" in row else ""
-    )
+    table = _table("Latency of one step", "what", "ms", "note")
+    interval = f"95 % interval {row['latency_low_ms']:.3f} to {row['latency_high_ms']:.3f}" if _timed(row) else ""
     table.add_row("median", _ms(row.get("latency_p50_ms")), interval)
     table.add_row("quartiles", f"{_ms(row.get('latency_p25_ms'))} / {_ms(row.get('latency_p75_ms'))}", "")
-    stop = f"{row['latency_samples']} samples, {row['latency_stop'].replace('_', ' ')}" if "latency_stop" in row else ""
+    stop = f"{row['latency_samples']} samples, {row['latency_stop'].replace('_', ' ')}" if _timed(row) else ""
     table.add_row("95th percentile", _ms(row.get("latency_p95_ms")), stop)
     if row.get("device_time_p50_ms"):
         table.add_row("on the device", _ms(row["device_time_p50_ms"]), f"wall / device {row['launch_bound']:.2f}")
@@ -78,8 +76,12 @@ def _latency(row: dict[str, Any]) -> Table:
     return table
 
 
+def _timed(row: dict[str, Any]) -> bool:
+    return row.get("latency_p50_ms") is not None
+
+
 def _operators(operators: list[dict[str, Any]]) -> Table:
-    table = _table("Heaviest operators", "", "calls", "self ms", "share")
+    table = _table("Heaviest operators", "operator", "calls", "self ms", "share")
     for operator in operators:
         share = f"{100 * operator['share']:.1f} %"
         table.add_row(escape(operator["name"]), f"{operator['calls']:g}", f"{operator['self_ms']:.3f}", share)

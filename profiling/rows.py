@@ -133,7 +133,7 @@ class Row(pa.DataFrameModel):
     launch_bound: Series[float] = _number(
         "CUDA: wall time over device time; well above 1, launches cost more than work."
     )
-    sdpa_backend: Series[pd.StringDtype] = _text("CUDA: which kernel scaled_dot_product_attention ran.")
+    sdpa_backend: Series[pd.StringDtype] = _text("Which fused kernel scaled_dot_product_attention ran; empty if none.")
     achieved_tflops: Series[float] = _number("2 x MACs of the step over its time (device time on CUDA).")
     arithmetic_intensity: Series[float] = _number("FLOPs per byte if parameters, input and output crossed memory once.")
     roofline_fraction: Series[float] = _number("The least time the device's measured peaks allow, over the time taken.")
@@ -188,8 +188,10 @@ class Row(pa.DataFrameModel):
 COLUMNS: tuple[str, ...] = tuple(Row.to_schema().columns)
 KEY: tuple[str, ...] = COLUMNS[: COLUMNS.index("status")]
 MEASURED: tuple[str, ...] = tuple(
-    c for c in COLUMNS if c.startswith(("latency_", "device_time", "memory_peak", "memory_reserved", "achieved_", "roofline_"))
-)  # fmt: skip
+    column
+    for column in COLUMNS
+    if column.startswith(("latency_", "device_time", "memory_peak", "memory_reserved", "achieved_", "roofline_"))
+)
 
 
 def agree(analytic: Any, counted: Any, fvcore: Any) -> bool | None:
@@ -263,3 +265,26 @@ def dictionary() -> str:
         kind = {"int64": "integer", "float64": "number", "boolean": "true/false"}.get(str(column.dtype).lower(), "text")
         lines.append(f"| `{name}` | {kind} | {column.description} |")
     return "\n".join(lines) + "\n"
+
+
+README = """# Results
+
+One folder per device, one CSV per sweep in it, one row per cell: one case, measured once. All files have the
+same columns, so they concatenate: `profiling.rows.load("results/<device>/topk.csv", ...)` gives one typed
+pandas table. An empty cell was not obtained or does not apply; it never stands for zero.
+
+- A row's key is every column from `sweep` to `device_name`. A rerun skips keys that have a row.
+- `peaks.csv` beside the sweeps holds the device's own peaks, measured once: FLOP/s of a large matrix product
+  by dtype, and bytes per second of a large copy, read plus written.
+- `figures/` and `tables/` are written by the notebooks, from these files alone.
+- `published_models.csv` holds figures from papers, in columns named `published_*`. None of them was measured here.
+
+MACs are multiply-accumulates (what papers and fvcore call FLOPs); FLOPs = 2 x MACs. Bytes are bytes; figures
+show MiB. This page is generated from the schema in `profiling/rows.py`: `python -m profiling.rows > results/README.md`.
+
+## Columns
+
+"""
+
+if __name__ == "__main__":
+    print(README + dictionary(), end="")

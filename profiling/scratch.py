@@ -30,10 +30,16 @@ class Spec(NamedTuple):
     dtype: torch.dtype
 
     def make(self, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of another shape, with the axes in the same order in memory."""
+        """A tensor of another shape, with the axes in the same order in memory, and gaps if there were any."""
         order = sorted(range(len(shape)), key=lambda axis: (-self.stride[axis], axis))
-        dense = torch.zeros([shape[axis] for axis in order], dtype=self.dtype)
+        sizes = [shape[axis] for axis in order]
+        gap = 0 if self._is_dense() else 1
+        dense = torch.zeros([*sizes[:-1], sizes[-1] + gap], dtype=self.dtype)[..., : sizes[-1]]
         return dense.permute([order.index(axis) for axis in range(len(shape))])
+
+    def _is_dense(self) -> bool:
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return last + 1 == torch.Size(self.shape).numel()
 
 
 class Call(NamedTuple):

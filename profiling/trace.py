@@ -2,40 +2,68 @@
 
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, schedule
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from profiling.workload import Workload
 
 ACTIVE = 3
 
 
-def profile_steps(work: Workload, device: str, folder: str | None = None) -> list[dict[str, Any]]:
-    """The ten operators with the most time of their own, over three steps; with ``folder``, a trace in it too.
+def heaviest_operators(work: Workload, device: str) -> list[dict[str, Any]]:
+    """The ten operators with the most time of their own, over three steps.
 
     Returns:
         Per operator its ``name``, ``calls`` per step, ``self_ms`` per step and ``share`` of all.
     """
+    return _heaviest(_profile(work, device), device)
+
+
+def write_trace(work: Workload, device: str, folder: str) -> None:
+    """Write a trace of three steps into ``folder``, with shapes, memory and the modules the operators belong to.
+
+    Apart from :func:`heaviest_operators`, because so much detail slows the steps down.
+    """
+    profiler = _profile(work, device, record_shapes=True, profile_memory=True, with_stack=True, with_modules=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    # The name TensorBoard's plugin looks for: worker.time.pt.trace.json.
+    name = f"{socket.gethostname()}.{time.time_ns() // 1_000_000}.pt.trace.json"
+    profiler.export_chrome_trace(str(Path(folder) / name))
+
+
+def _profile(work: Workload, device: str, **detail: Any) -> profile:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    detail = folder is not None
-    with (
-        work.settings(),
-        profile(
-            activities=activities, schedule=schedule(wait=1, warmup=1, active=ACTIVE),
-            record_shapes=detail, profile_memory=detail, with_stack=detail, with_modules=detail,
-        ) as profiler,
-    ):  # fmt: skip
+    steps = schedule(wait=1, warmup=1, active=ACTIVE)
+    with work.settings(), profile(activities=activities, schedule=steps, **detail) as profiler:
         for _ in range(2 + ACTIVE):
             work.step()
             profiler.step()
-    if folder is not None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        # The name TensorBoard's plugin looks for: worker.time.pt.trace.json.
-        name = f"{socket.gethostname()}.{time.time_ns() // 1_000_000}.pt.trace.json"
-        profiler.export_chrome_trace(str(Path(folder) / name))
-    return _heaviest(profiler, device)
+    return profiler
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def sdpa_backend(step: Callable[[], object]) -> str | None:
+    """Which fused kernel scaled_dot_product_attention runs in ``step``; None if it runs none (or is not called)."""
+    with _Operators() as seen:
+        step()
+    prefix = "_scaled_dot_product_"
+    kernels = [n.removeprefix(prefix) for n in seen.names if n.startswith(prefix) and not n.endswith("_backward")]
+    return " ".join(sorted(kernels)) or None
 
 
 def _heaviest(profiler: profile, device: str) -> list[dict[str, Any]]:

@@ -1,0 +1,174 @@
+"""Two runs side by side: what got faster or slower, by intervals; what else changed, exactly.
+
+A cell's interval spans its quartiles over all its replicates. Medians are not enough: on one machine, two runs
+of one program differ by more than the interval of the median within either.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from attention_zoo import InvalidOption
+from profiling.rows import KEY, STATUSES, load
+
+TOLERANCE = 0.05
+"""A smaller change of the median is no change."""
+CASE = [column for column in KEY if column not in ("device_name", "replicate", "seed")]
+ENVIRONMENT = ["device_name", "threads", "driver", "torch", "cuda", "triton", "python", "commit", "dirty"]
+EXACT = ["params", "macs_analytic", "macs_counted", "macs_fvcore", "memory_predicted_bytes", "memory_peak_bytes"]
+BARE = ("sweep", "kind", "name", "impl_requested", "mode", "dtype", "device")
+VERDICTS = ("FASTER", "SAME", "SLOWER", "AMBIGUOUS")
+WORSE = {status: rank for rank, status in enumerate(STATUSES)}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs have in common and what not.
+
+    Attributes:
+        cells: one row per case in both runs: ``case``, ``verdict`` (empty without two times), ``ratio`` of the
+            medians B / A, ``a_ms``, ``b_ms``, ``status`` where it changed, ``changes`` of exact columns.
+        environment: per differing column, its values in A and in B.
+        missing: cases only in A.
+        new: cases only in B.
+    """
+
+    cells: pd.DataFrame
+    environment: dict[str, tuple[str, str]]
+    missing: list[str]
+    new: list[str]
+
+    @property
+    def worse(self) -> bool:
+        """Whether a cell got slower or its status got worse."""
+        return bool((self.cells["verdict"] == "SLOWER").any() or self.cells["got_worse"].any())
+
+
+def read(path: Path) -> pd.DataFrame:
+    """All rows of a CSV, or of every sweep's CSV in a folder and the folders in it; InvalidOption if there are none."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*.csv") if _is_sweep(p))
+    if not files:
+        raise InvalidOption(f"{path}: no results there; give a results folder or a CSV that run_all.py wrote")
+    return load(*files)
+
+
+def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
+    """Compare run B with run A."""
+    one, two = _by_case(a), _by_case(b)
+    both = [case for case in one.index if case in two.index]
+    cells = pd.DataFrame(
+        [_cell(case, one.loc[case], two.loc[case]) for case in both],
+        columns=["case", "verdict", "ratio", "a_ms", "b_ms", "status", "got_worse", "changes"],
+    )
+    return Comparison(
+        cells,
+        _environment(a, b),
+        [case for case in one.index if case not in two.index],
+        [case for case in two.index if case not in one.index],
+    )
+
+
+def verdict(a: Sequence[float], b: Sequence[float]) -> str:
+    """FASTER, SAME, SLOWER or AMBIGUOUS, from (lower quartile, median, upper quartile) of A and B."""
+    ratio = b[1] / a[1]
+    if abs(ratio - 1) <= TOLERANCE:
+        return "SAME"
+    if ratio > 1:
+        return "SLOWER" if b[0] > a[2] else "AMBIGUOUS"
+    return "FASTER" if b[2] < a[0] else "AMBIGUOUS"
+
+
+def show(found: Comparison, console: Console) -> None:
+    """Print the comparison as tables."""
+    if found.environment:
+        table = Table("differs", "A", "B", title="Environment")
+        for column, (left, right) in found.environment.items():
+            table.add_row(column, left, right)
+        console.print(table)
+    noteworthy = _noteworthy(found)
+    if len(noteworthy):
+        table = Table("verdict", "B / A", "cell", title="Cells that differ")
+        for cell in noteworthy.itertuples():
+            ratio = "" if pd.isna(cell.ratio) else f"{cell.ratio:.2f}"
+            table.add_row(cell.verdict or cell.status, ratio, "; ".join(filter(None, [cell.case, cell.changes])))
+        console.print(table)
+    for title, cases in (("Only in A", found.missing), ("Only in B", found.new)):
+        if cases:
+            console.print(f"{title} ({len(cases)}):", *[f"  {case}" for case in cases], sep="\n", highlight=False)
+    console.print(_counts(found), highlight=False)
+
+
+def markdown(found: Comparison) -> str:
+    """The comparison for a pull request."""
+    lines = [_counts(found), ""]
+    if found.environment:
+        lines += ["| environment | A | B |", "|---|---|---|"]
+        lines += [f"| {name} | {left} | {right} |" for name, (left, right) in found.environment.items()] + [""]
+    noteworthy = _noteworthy(found)
+    if len(noteworthy):
+        lines += ["| verdict | B / A | A ms | B ms | cell |", "|---|--:|--:|--:|---|"]
+        for cell in noteworthy.itertuples():
+            numbers = ["" if pd.isna(n) else f"{n:.3g}" for n in (cell.ratio, cell.a_ms, cell.b_ms)]
+            text = "; ".join(filter(None, [cell.case, cell.changes]))
+            lines.append(f"| {cell.verdict or cell.status} | {' | '.join(numbers)} | {text} |")
+        lines.append("")
+    for title, cases in (("Only in A", found.missing), ("Only in B", found.new)):
+        lines += [f"{title}: {', '.join(cases)}", ""] if cases else []
+    return "\n".join(lines)
+
+
+def _by_case(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per case, over its replicates: widest quartiles, median of medians, worst status."""
+    names = [_named(values) for values in rows[CASE].itertuples(index=False, name=None)]
+    rows = rows.assign(case=names, rank=rows["status"].map(WORSE))
+    how = {"latency_p25_ms": "min", "latency_p50_ms": "median", "latency_p75_ms": "max", "rank": "max"}
+    return rows.groupby("case", sort=False).agg(how | {column: "first" for column in EXACT})
+
+
+def _named(values: tuple[object, ...]) -> str:
+    """A case in words: its key, without what is empty or the default."""
+    told = [(c, v) for c, v in zip(CASE, values, strict=True) if not (pd.isna(v) or v is False or v == "")]
+    return " ".join(str(v) if c in BARE else f"{c}={v}" for c, v in told if (c, v) != ("batch", 1))
+
+
+def _cell(case: str, a: pd.Series, b: pd.Series) -> tuple[object, ...]:
+    quartiles = ["latency_p25_ms", "latency_p50_ms", "latency_p75_ms"]
+    left, right = ([float(side[column]) for column in quartiles] for side in (a, b))
+    timed = not (pd.isna(left[1]) or pd.isna(right[1]))
+    changes = [f"{c}: {_shown(a[c])} -> {_shown(b[c])}" for c in EXACT if _shown(a[c]) != _shown(b[c])]
+    status = "" if a["rank"] == b["rank"] else f"{STATUSES[int(a['rank'])]} -> {STATUSES[int(b['rank'])]}"
+    return (
+        case, verdict(left, right) if timed else "", right[1] / left[1] if timed else None,
+        left[1], right[1], status, bool(b["rank"] > a["rank"]), "; ".join(changes),
+    )  # fmt: skip
+
+
+def _environment(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    values = {c: tuple(", ".join(sorted({_shown(v) for v in side[c]})) for side in (a, b)) for c in ENVIRONMENT}
+    return {column: (left, right) for column, (left, right) in values.items() if left != right}
+
+
+def _noteworthy(found: Comparison) -> pd.DataFrame:
+    cells = found.cells
+    chosen = cells[~cells["verdict"].isin(["", "SAME"]) | (cells["status"] != "") | (cells["changes"] != "")]
+    return chosen.sort_values("ratio", ascending=False)
+
+
+def _counts(found: Comparison) -> str:
+    counts = found.cells["verdict"].value_counts()
+    told = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS)
+    worse = int(found.cells["got_worse"].sum())
+    return f"{len(found.cells)} cells in both: {told}; {worse} with a worse status."
+
+
+def _shown(value: object) -> str:
+    return "none" if pd.isna(value) else str(value)
+
+
+def _is_sweep(path: Path) -> bool:
+    with path.open() as file:
+        return file.readline().startswith(f"{KEY[0]},{KEY[1]},")
