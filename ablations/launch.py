@@ -73,8 +73,8 @@ class Launcher:
         """Run what is not finished; yields each cell before it runs, with its number and their total."""
         self.report = report = Report(self.folder)
         with exclusive(self.folder):
-            peaks = roofline.stored(self.folder, self.settings.device, self._ask)
             cells = list(self._plan(sweeps, report))
+            peaks = roofline.stored(self.folder, self.settings.device, self._ask)
             for number, cell in enumerate(cells):
                 yield cell, number, len(cells)
                 row = self._row(cell, peaks)

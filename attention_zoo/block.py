@@ -134,7 +134,7 @@ def _choose(
     if topk == -2:
         return "lepe", HEADS_OF_FULL_ATTENTION, {"side_dwconv": side_dwconv}
     if topk == 0:
-        return "pseudo_conv", num_heads, {}
+        return "pseudo_conv", 1, {}
     raise InvalidOption(f"topk={topk} is not valid; valid: > 0 (bra), 0 (pseudo_conv), -1 (full), -2 (lepe)")
 
 
