@@ -126,6 +126,9 @@ class Launcher:
                 row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row["macs_fvcore"])
         else:
             row |= {"status": verdict, "reason": self._why(row, verdict)}
+        if cell.case.compiled:
+            # What was predicted is the step as written; the compiler fuses some of it away.
+            row["memory_predicted_bytes"] = None
         return row | {"cell_seconds": seconds}
 
     def _verdict(self, columns: dict[str, Any], measured: bool, oversized: bool) -> str:

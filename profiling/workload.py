@@ -60,6 +60,14 @@ class Workload:
         out.backward(self.grad)
         return out
 
+    def compile(self) -> None:
+        """Put the module under torch.compile, in place; it compiles at its first step."""
+        import torch._inductor.config
+
+        # Workers for compilation would outlive the cell and be reported as leaked.
+        torch._inductor.config.compile_threads = 1
+        self.module.compile(dynamic=False, fullgraph=True)
+
     @contextmanager
     def settings(self) -> Iterator[None]:
         """The numerical settings of this workload, restored on exit."""
