@@ -1,8 +1,10 @@
 """From cases to rows: plan, predict, measure in isolation, append."""
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -71,15 +73,41 @@ class Launcher:
 
     def run(self, sweeps: dict[str, Sweep]) -> Iterator[tuple[Cell, int, int]]:
         """Run what is not finished; yields each cell before it runs, with its number and their total."""
-        self.report = report = Report(self.folder)
+        self.report = Report(self.folder)
         with exclusive(self.folder):
-            cells = list(self._plan(sweeps, report))
+            cells = list(self._plan(sweeps, self.report))
             peaks = roofline.stored(self.folder, self.settings.device, self._ask)
-            for number, cell in enumerate(cells):
-                yield cell, number, len(cells)
-                row = self._row(cell, peaks)
-                cell.store.append(row)
-                report.statuses[row["status"]] += 1
+            done = 0
+            started: list[tuple[Cell, dict[str, Any]]] = []
+            for cell, row in self._theories(cells):
+                yield cell, done, len(cells)
+                if row["status"] == "measure":
+                    started.append((cell, row))
+                else:
+                    self._finish(cell, row)
+                    done += 1
+            for cell, row in started:
+                yield cell, done, len(cells)
+                self._finish(cell, self._measured(cell, row, peaks))
+                done += 1
+
+    def _theories(self, cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """The row of each cell so far, its status ``measure`` where it is to be measured.
+
+        On all processors at once, before anything is timed.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                yield from zip(cells, pool.map(self._theory, cells), strict=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _finish(self, cell: Cell, row: dict[str, Any]) -> None:
+        if cell.case.compiled:
+            # What was predicted is the step as written; the compiler fuses some of it away.
+            row["memory_predicted_bytes"] = None
+        cell.store.append(row)
+        self.report.statuses[row["status"]] += 1
 
     def plan(self, sweeps: dict[str, Sweep]) -> Iterator[tuple[str, Case, dict[str, Any], str]]:
         """Every cell with its theory and whether it will be measured, without running or writing anything."""
@@ -108,28 +136,25 @@ class Launcher:
     def _job(self, case: Case, sweep: Sweep) -> Job:
         return Job(case, self.settings.plugins, QUICK if self.settings.smoke else sweep.patience)
 
-    def _row(self, cell: Cell, peaks: roofline.Peaks) -> dict[str, Any]:
+    def _theory(self, cell: Cell) -> dict[str, Any]:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         row = cell.case.who(cell.sweep, self.facts["device_name"]) | self.facts | {"started_at": started}
         outcome = isolation.call(theory, cell.job, timeout=cell.timeout, memory=self._limit())
-        seconds = outcome.seconds
-        row |= outcome.value or {}
-        verdict = self._verdict(row, cell.measured, cell.oversized)
+        row |= (outcome.value or {}) | {"cell_seconds": outcome.seconds}
         if outcome.status != "ok":
-            row |= {"status": outcome.status, "reason": outcome.reason}
-        elif verdict == "measure":
-            outcome = isolation.call(measure, cell.job, timeout=cell.timeout, memory=self._limit())
-            seconds += outcome.seconds
-            row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
-            if row["status"] == "ok":
-                row |= roofline.columns(row, cell.case, peaks)
-                row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row["macs_fvcore"])
-        else:
-            row |= {"status": verdict, "reason": self._why(row, verdict)}
-        if cell.case.compiled:
-            # What was predicted is the step as written; the compiler fuses some of it away.
-            row["memory_predicted_bytes"] = None
-        return row | {"cell_seconds": seconds}
+            return row | {"status": outcome.status, "reason": outcome.reason}
+        verdict = self._verdict(row, cell.measured, cell.oversized)
+        return row | {"status": verdict, "reason": self._why(row, verdict)}
+
+    def _measured(self, cell: Cell, row: dict[str, Any], peaks: roofline.Peaks) -> dict[str, Any]:
+        row["started_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        outcome = isolation.call(measure, cell.job, timeout=cell.timeout, memory=self._limit())
+        row["cell_seconds"] += outcome.seconds
+        row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
+        if row["status"] == "ok":
+            row |= roofline.columns(row, cell.case, peaks)
+            row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row["macs_fvcore"])
+        return row
 
     def _verdict(self, columns: dict[str, Any], measured: bool, oversized: bool) -> str:
         """What to do with a case, from its theory: measure, or leave it predicted, or oom since it cannot fit."""
@@ -140,10 +165,10 @@ class Launcher:
         return "measure" if fits else "oom"
 
     def _why(self, row: dict[str, Any], verdict: str) -> str:
-        if verdict == "predicted":
-            return "counted and predicted only, as the sweep asks"
-        needs, has = row["memory_predicted_bytes"] / 2**30, self.available / 2**30
-        return f"predicted: needs {needs:.1f} GiB, {has:.1f} GiB are free"
+        if verdict == "oom":
+            needs, has = row["memory_predicted_bytes"] / 2**30, self.available / 2**30
+            return f"predicted: needs {needs:.1f} GiB, {has:.1f} GiB are free"
+        return "counted and predicted only, as the sweep asks" if verdict == "predicted" else ""
 
     def _limit(self) -> int | None:
         return self.available if self.settings.device == "cpu" else None

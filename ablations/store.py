@@ -5,8 +5,8 @@ import csv
 import fcntl
 import io
 import os
-import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,9 @@ class Store:
         key = tuple(text[: len(KEY)])
         with _explained(self.path):
             if key in self._status:
-                self._drop(key)
-            _append(self.path, _line(text))
+                self._replace(key, text)
+            else:
+                _append(self.path, _line(text))
         self._status[key] = text[COLUMNS.index("status")]
 
     def frame(self) -> pd.DataFrame:
@@ -65,7 +66,7 @@ class Store:
         """Rename the file, to start anew with the old one beside it; None if there was nothing in it."""
         if not self._status:
             return None
-        aside = self.path.with_suffix(time.strftime(".%Y%m%dT%H%M%S") + ".csv.old")
+        aside = self.path.with_suffix(datetime.now().strftime(".%Y%m%dT%H%M%S.%f") + ".csv.old")
         with _explained(self.path):
             self.path.rename(aside)
             _append(self.path, ",".join(COLUMNS) + "\n")
@@ -80,12 +81,12 @@ class Store:
             for line in csv.DictReader(file):
                 yield tuple(line[name] for name in KEY), line["status"]
 
-    def _drop(self, key: tuple[str, ...]) -> None:
+    def _replace(self, key: tuple[str, ...], text: list[str]) -> None:
         with self.path.open(newline="") as file:
             lines = [line for line in csv.reader(file) if tuple(line[: len(KEY)]) != key]
         beside = self.path.with_suffix(".tmp")
         beside.unlink(missing_ok=True)
-        _append(beside, "".join(map(_line, lines)))
+        _append(beside, "".join(map(_line, [*lines, text])))
         beside.replace(self.path)
 
 
@@ -139,7 +140,10 @@ def _append(path: Path, text: str) -> None:
 def _cut_torn_line(path: Path) -> None:
     if not path.exists():
         return
-    data = path.read_bytes()
+    data, header = path.read_bytes(), (",".join(COLUMNS) + "\n").encode()
+    if not (data.startswith(header) or header.startswith(data)):
+        # Not ours to mend.
+        return
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))

@@ -26,17 +26,17 @@ class Parser(argparse.ArgumentParser):
 def run_reporting(run: Callable[[], int], *expected: type[Exception]) -> int:
     """Call ``run``; what the user can mend becomes one line on stderr and exit status 2.
 
-    ``expected`` are exceptions to treat so, beside InvalidOption, Unsupported and SchemaError.
+    ``expected`` are exceptions to treat so, beside InvalidOption, Unsupported, SchemaError and OSError.
     """
-    mendable: tuple[type[Exception], ...] = (InvalidOption, Unsupported, SchemaError, *expected)
+    mendable: tuple[type[Exception], ...] = (InvalidOption, Unsupported, SchemaError, OSError, *expected)
     try:
         return run()
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
     except mendable as problem:
         print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished cells are kept, and the same command goes on from there", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0

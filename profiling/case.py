@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 from attention_zoo import MODELS, Attention, Block, InvalidOption, build, get, options
-from profiling.rows import COLUMNS, KEY, as_text
+from profiling.rows import KEY, as_text, fits
 from profiling.workload import Dtype, Mode, Workload
 
 KINDS = ("attention", "block", "model")
 CHOICES = {"mode": get_args(Mode), "dtype": get_args(Dtype), "device": ("cpu", "cuda"), "kind": KINDS}
+LARGEST = 2**16
+"""Of any size: beyond it, numbers of elements overflow."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Case:
     ``options`` are those of the attention, or for a model those of its blocks.
 
     Raises:
-        InvalidOption: mode, dtype, device or kind is not a valid one, or a size is below 1.
+        InvalidOption: mode, dtype, device or kind is not a valid one, or a size or the seed is out of range.
     """
 
     name: str
@@ -45,9 +47,10 @@ class Case:
         for field, valid in CHOICES.items():
             if getattr(self, field) not in valid:
                 raise InvalidOption(f"{field}={getattr(self, field)!r} is not valid; valid: {', '.join(valid)}")
-        for field in ("height", "width", "batch"):
-            if getattr(self, field) < 1:
-                raise InvalidOption(f"{field}={getattr(self, field)} is not valid; valid: an integer >= 1")
+        for field in ("height", "width", "batch", "dim", "num_heads", "seed"):
+            value, low, high = getattr(self, field), *((0, 2**32 - 1) if field == "seed" else (1, LARGEST))
+            if value is not None and not low <= value <= high:
+                raise InvalidOption(f"{field}={value} is not valid; valid: an integer from {low} to {high}")
         if self.kind == "model" and self.name not in MODELS:
             raise InvalidOption(f"unknown model {self.name!r}; valid: {', '.join(MODELS)}")
 
@@ -57,6 +60,8 @@ class Case:
         if self.kind == "model":
             module: nn.Module = MODELS[self.name](impl=self.impl, **given)
         elif self.kind == "block":
+            # With the attention's own defaults, which the row states, not those of Block.
+            given = self.all_options()
             module = Block(self._dim, num_heads=self._heads, attention=self.name, impl=self.impl, **given)
         else:
             module = build(self.name, dim=self._dim, num_heads=self._heads, impl=self.impl, **given)
@@ -88,11 +93,15 @@ class Case:
         return Workload(module, x, self.mode, self.dtype, self.deterministic, input_gradient=self.kind != "model")
 
     def implementation(self, work: Workload) -> str:
-        """Which implementation runs: the attention's own answer, or what was asked for."""
-        attentions = [m for m in work.module.modules() if isinstance(m, Attention)]
-        if self.kind == "attention" and attentions:
-            return attentions[0].chosen_impl(work.x)
-        return "reference" if self.impl == "auto" else self.impl
+        """Which implementations run: the attentions' own answers, or what was asked for."""
+        found = set()
+        for module in work.module.modules():
+            if isinstance(module, Attention):
+                found.add(module.chosen_impl(work.x))
+            elif len(getattr(module, "impls", ())) > 1:
+                # It does not say which of them "auto" runs: so it is not taken for the reference.
+                found.add(self.impl)
+        return " ".join(sorted(found)) or ("reference" if self.impl == "auto" else self.impl)
 
     def key(self, sweep: str, device_name: str) -> tuple[str, ...]:
         """What makes its row unique in a results file, in the words of the CSV."""
@@ -105,8 +114,8 @@ class Case:
         if self.kind == "model":
             who["dim"] = who["num_heads"] = None
         chosen = self.all_options()
-        who |= {name: value for name, value in chosen.items() if name in COLUMNS}
-        rest = {name: value for name, value in chosen.items() if name not in COLUMNS}
+        who |= {name: value for name, value in chosen.items() if _has_column(name, value)}
+        rest = {name: value for name, value in chosen.items() if not _has_column(name, value)}
         who["other_options"] = " ".join(f"{name}={as_text(value)}" for name, value in rest.items())
         return who | {"sweep": sweep, "impl_requested": self.impl, "device_name": device_name}
 
@@ -114,7 +123,7 @@ class Case:
         """The options with their defaults where not given; defaults of rare options, without a column, left out."""
         if self.kind == "model":
             return dict(self.options)
-        defaults = {name: option.default for name, option in options(self.name).items() if name in COLUMNS}
+        defaults = {name: option.default for name, option in options(self.name).items() if name in OPTION_COLUMNS}
         return defaults | dict(self.options)
 
     def __str__(self) -> str:
@@ -123,6 +132,14 @@ class Case:
         extras = [self.impl if self.impl != "auto" else "", self.dtype if self.dtype != "fp32" else ""]
         extras += ["compiled" if self.compiled else "", f"batch {self.batch}" if self.batch > 1 else ""]
         return " ".join(filter(None, [self.name, size, chosen, self.mode, *extras]))
+
+
+OPTION_COLUMNS = set(KEY) - {f.name for f in fields(Case)} - {"sweep", "impl_requested", "other_options", "device_name"}
+
+
+def _has_column(name: str, value: Any) -> bool:
+    # A plugin may call anything by the name of a column.
+    return name in OPTION_COLUMNS and fits(name, value)
 
 
 def available_impls(name: str) -> tuple[str, ...]:

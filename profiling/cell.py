@@ -56,7 +56,7 @@ def theory_of(case: Case) -> dict[str, Any]:
         "macs_backward_counted": backward if case.mode == "forward_backward" else None,
         "kv_tokens_per_query": _declared(attention, "kv_tokens_per_query", case),
         "regions_per_side": _declared(attention, "regions_per_side", case),
-        "memory_predicted_bytes": memory.predict(work, case.device).peak,
+        "memory_predicted_bytes": _predicted(work, case.device),
     }
     if formula is not None:
         columns["macs_analytic"] = formula.total * case.batch
@@ -95,7 +95,7 @@ def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[
         "params": sum(p.numel() for p in module.parameters()),
         "macs_counted": forward,
         "macs_backward_counted": backward if mode == "forward_backward" else None,
-        "memory_predicted_bytes": memory.predict(work, x.device.type).peak,
+        "memory_predicted_bytes": _predicted(work, x.device.type),
     }
     columns |= measure_workload(work, x.device.type, latency.STANDARD)
     columns["macs_fvcore"] = _fvcore(work)
@@ -154,9 +154,13 @@ def _compile(work: Workload, device: str) -> float:
 def _fvcore(work: Workload) -> int | None:
     try:
         return macs.by_fvcore(work)
-    except RuntimeError:
+    except Exception:
         # jit.trace cannot follow every module; then there is no count, and the cell is none the worse.
         return None
+
+
+def _predicted(work: Workload, device: str) -> int | None:
+    return memory.predict(work, device).peak if memory.predictable(work, device) else None
 
 
 def _declared(module: nn.Module, method: str, case: Case) -> Any:

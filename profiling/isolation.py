@@ -69,6 +69,9 @@ def call(function: Callable[..., Any], *arguments: Any, timeout: float = 600.0, 
     try:
         wait([receiver, child.sentinel], timeout)
         outcome = _received(receiver)
+        if outcome is None:
+            # A dying child's end of the pipe closes a moment before its exit status is known.
+            child.join(max(0.0, timeout - (time.perf_counter() - begin)))
         if outcome is None and child.is_alive():
             outcome = Outcome("timeout", reason=f"no result within {timeout:g} s")
     finally:
@@ -107,10 +110,6 @@ def _child(sender: Connection, function: Callable[..., Any], arguments: tuple[An
     with suppress(BrokenPipeError):
         sender.send(outcome)
     sender.close()
-    # Skip interpreter shutdown: it is slow with PyTorch loaded, and has nothing to save.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _status_of(problem: BaseException) -> str:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from profiling.scratch import Call, bound, is_opaque, memory_events, peak_of, scratch
-from profiling.workload import Workload, imitated
+from profiling.workload import AUTOCAST, Workload, imitated
 
 CUDA_BLOCK = 512
 """Bytes to which PyTorch's CUDA allocator rounds every allocation."""
@@ -87,6 +87,11 @@ IN_PLACE_IN_BACKWARD = {
     _aten.index_add.default: _aten.index_add_.default,
 }
 """PyTorch's derivative formulas write into fresh zeros in place, except under a mode such as ours, where they copy."""
+
+
+def predictable(work: Workload, device: str) -> bool:
+    """Whether a prediction would be exact: CPU kernels of half precision work on copies that no rule covers."""
+    return device != "cpu" or work.dtype not in AUTOCAST
 
 
 def predict(work: Workload, device: str = "cpu") -> Memory:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pandera.pandas as pa
+from pandas.api.types import is_scalar
 from pandera.typing import Series
 
 STATUSES = ("ok", "predicted", "oom", "timeout", "crash", "incorrect", "unsupported", "error")
@@ -110,7 +111,7 @@ class Row(pa.DataFrameModel):
     regions_per_side: Series[pd.Int64Dtype] = _count("bra: S, resolved where n_win is auto.")
     # memory
     memory_predicted_bytes: Series[pd.Int64Dtype] = _count(
-        "Peak allocated bytes of one step, base included, predicted without running it."
+        "Peak allocated bytes of one step, base included, predicted without a run; see below."
     )
     memory_peak_bytes: Series[pd.Int64Dtype] = _count("The same, measured.")
     memory_base_bytes: Series[pd.Int64Dtype] = _count(
@@ -187,6 +188,7 @@ class Row(pa.DataFrameModel):
 
 COLUMNS: tuple[str, ...] = tuple(Row.to_schema().columns)
 KEY: tuple[str, ...] = COLUMNS[: COLUMNS.index("status")]
+KINDS: dict[str, str] = {name: str(column.dtype).lower() for name, column in Row.to_schema().columns.items()}
 MEASURED: tuple[str, ...] = tuple(
     column
     for column in COLUMNS
@@ -203,13 +205,21 @@ def agree(analytic: Any, counted: Any, fvcore: Any) -> bool | None:
     return len(set(exact)) <= 1 and all(abs(n - exact[0]) <= 0.01 * exact[0] for n in loose if exact)
 
 
+def fits(column: str, value: Any) -> bool:
+    """Whether a value can stand in a column that counts, flags or says something."""
+    kind = KINDS[column]
+    if value is None or kind not in ("int64", "boolean"):
+        return True
+    return isinstance(value, bool) if kind == "boolean" else type(value) is int and value >= 0
+
+
 def as_text(value: Any) -> str:
     """A value as it stands in a CSV cell: the form in which keys are compared."""
-    if value is None or (not isinstance(value, str) and pd.isna(value)):
+    if value is None or (is_scalar(value) and pd.isna(value)):
         return ""
     if isinstance(value, float):
         return f"{value:.9g}"
-    return " ".join(str(value).split())
+    return " ".join(str(value).replace("\0", " ").encode(errors="replace").decode().split())
 
 
 def validate(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -243,19 +253,25 @@ def _read(path: Path) -> pd.DataFrame:
 
 def _typed(table: pd.DataFrame, where: str) -> pd.DataFrame:
     typed = table.replace("", pd.NA)
-    for name, column in Row.to_schema().columns.items():
-        kind = str(column.dtype).lower()
-        if kind.startswith("bool"):
-            typed[name] = typed[name].map({"True": True, "False": False}, na_action="ignore").astype("boolean")
-        elif kind.startswith(("int", "float")):
-            typed[name] = pd.to_numeric(typed[name], errors="coerce").astype(
-                "Int64" if kind.startswith("int") else "float64"
-            )
+    for name, kind in KINDS.items():
+        try:
+            typed[name] = _converted(typed[name], kind)
+        except (KeyError, TypeError, ValueError) as problem:
+            raise SchemaError(f"{where}: column {name} holds what is no {kind}: {problem}") from problem
     try:
         return Row.validate(typed)
     except (pa.errors.SchemaError, pa.errors.SchemaErrors) as problem:
         first_line = " ".join(str(problem).split())[:300]
         raise SchemaError(f"{where}: {first_line}") from problem
+
+
+def _converted(column: pd.Series, kind: str) -> pd.Series:
+    """Text as the column's type; an error, not a gap, for what is not of that type."""
+    if kind == "boolean":
+        return column.map({"True": True, "False": False}.__getitem__, na_action="ignore").astype("boolean")
+    if kind == "int64":
+        return column.map(int, na_action="ignore").astype("Int64")
+    return column.map(float, na_action="ignore").astype("float64") if kind == "float64" else column
 
 
 def dictionary() -> str:
@@ -278,6 +294,9 @@ pandas table. An empty cell was not obtained or does not apply; it never stands 
   by dtype, and bytes per second of a large copy, read plus written.
 - `figures/` and `tables/` are written by the notebooks, from these files alone.
 - `published_models.csv` holds figures from papers, in columns named `published_*`. None of them was measured here.
+
+`memory_predicted_bytes` is empty under torch.compile, which fuses steps away, and for bf16 and fp16 on a CPU, whose
+kernels work on copies that no rule covers.
 
 MACs are multiply-accumulates (what papers and fvcore call FLOPs); FLOPs = 2 x MACs. Bytes are bytes; figures
 show MiB. This page is generated from the schema in `profiling/rows.py`: `python -m profiling.rows > results/README.md`.
