@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -76,16 +77,18 @@ def _list(sweeps: dict[str, Sweep]) -> int:
 
 
 def _dry_run(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
-    table = Table("sweep", "cell", "predicted MiB", "will")
-    table.columns[2].justify = "right"
-    verdicts = {"measure": "run", "predicted": "be predicted only", "oom": "not fit"}
+    console = Console()
+    verdicts = {"measure": "run", "predicted": "predict only", "oom": "not fit"}
     cells = 0
-    for name, case, columns, verdict in launcher.plan(sweeps):
-        size = columns.get("memory_predicted_bytes")
-        will = verdicts[verdict] if "status" not in columns else columns["reason"]
-        table.add_row(name, str(case), "" if size is None else f"{size / 2**20:,.1f}", will)
-        cells += 1
-    Console().print(table)
+    for name, sweep in sweeps.items():
+        table = Table("cell", "predicted MiB", "will", title=name, title_justify="left", box=box.SIMPLE_HEAD)
+        table.columns[1].justify = "right"
+        for case, columns, verdict in launcher.plan(sweep):
+            size = columns.get("memory_predicted_bytes")
+            will = columns.get("reason") or verdicts[verdict]
+            table.add_row(str(case), "" if size is None else f"{size / 2**20:,.1f}", will)
+            cells += 1
+        console.print(table)
     print(f"{cells} cells on {launcher.facts['device_name']}, {launcher.available / 2**30:.1f} GiB free")
     return 0
 

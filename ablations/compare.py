@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from attention_zoo import InvalidOption
@@ -94,11 +95,13 @@ def show(found: Comparison, console: Console) -> None:
         table = Table("verdict", "B / A", "cell", title="Cells that differ")
         for cell in noteworthy.itertuples():
             ratio = "" if pd.isna(cell.ratio) else f"{cell.ratio:.2f}"
-            table.add_row(cell.verdict or cell.status, ratio, "; ".join(filter(None, [cell.case, cell.changes])))
+            text = escape("; ".join(filter(None, [cell.case, cell.changes])))
+            table.add_row(cell.verdict or cell.status, ratio, text)
         console.print(table)
     for title, cases in (("Only in A", found.missing), ("Only in B", found.new)):
         if cases:
-            console.print(f"{title} ({len(cases)}):", *[f"  {case}" for case in cases], sep="\n", highlight=False)
+            listed = [f"  {case}" for case in cases]
+            console.print(f"{title} ({len(cases)}):", *listed, sep="\n", highlight=False, markup=False)
     console.print(_counts(found), highlight=False)
 
 
@@ -170,5 +173,7 @@ def _shown(value: object) -> str:
 
 
 def _is_sweep(path: Path) -> bool:
-    with path.open() as file:
+    if not path.is_file():
+        return False
+    with path.open(errors="replace") as file:
         return file.readline().startswith(f"{KEY[0]},{KEY[1]},")

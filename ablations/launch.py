@@ -16,7 +16,7 @@ from profiling import environment, isolation, roofline
 from profiling.case import Case
 from profiling.cell import Job, measure, theory
 from profiling.latency import QUICK
-from profiling.rows import agree
+from profiling.rows import SchemaError, agree
 
 HEADROOM = 0.9
 """Share of the free memory that a cell may be predicted to need."""
@@ -106,20 +106,26 @@ class Launcher:
         if cell.case.compiled:
             # What was predicted is the step as written; the compiler fuses some of it away.
             row["memory_predicted_bytes"] = None
-        cell.store.append(row)
+        try:
+            cell.store.append(row)
+        except SchemaError as problem:
+            # What an attention says of itself may be no number: that costs its row, not the run.
+            row = self._who(cell) | {"status": "error", "reason": f"no valid row: {problem}"}
+            cell.store.append(row)
         self.report.statuses[row["status"]] += 1
 
-    def plan(self, sweeps: dict[str, Sweep]) -> Iterator[tuple[str, Case, dict[str, Any], str]]:
-        """Every cell with its theory and whether it will be measured, without running or writing anything."""
-        for name, sweep in sweeps.items():
-            for case in sweep.cases(self.settings.device, self.settings.smoke):
-                outcome = isolation.call(theory, self._job(case, sweep), timeout=sweep.timeout)
-                columns = outcome.value or {"status": outcome.status, "reason": outcome.reason}
-                yield name, case, columns, self._verdict(columns, sweep.measured(case), sweep.oversized)
+    def plan(self, sweep: Sweep) -> Iterator[tuple[Case, dict[str, Any], str]]:
+        """Every case of a sweep with its theory and what would become of it; nothing is run or written."""
+        for case in sweep.cases(self.settings.device, self.settings.smoke):
+            outcome = isolation.call(theory, self._job(case, sweep), timeout=sweep.timeout)
+            columns = outcome.value or {"reason": f"{outcome.status}: {outcome.reason}"}
+            yield case, columns, self._verdict(columns, sweep.measured(case), sweep.oversized)
 
     def _plan(self, sweeps: dict[str, Sweep], report: Report) -> Iterator[Cell]:
+        # All of them are opened before the first is changed: one may be refused.
+        stores = {name: Store(self.folder / f"{name}.csv") for name in sweeps}
         for name, sweep in sweeps.items():
-            store = Store(self.folder / f"{name}.csv")
+            store = stores[name]
             if self.settings.fresh:
                 store.set_aside()
             report.files.append(store.path)
@@ -137,8 +143,7 @@ class Launcher:
         return Job(case, self.settings.plugins, QUICK if self.settings.smoke else sweep.patience)
 
     def _theory(self, cell: Cell) -> dict[str, Any]:
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        row = cell.case.who(cell.sweep, self.facts["device_name"]) | self.facts | {"started_at": started}
+        row = self._who(cell) | {"started_at": datetime.now(UTC).isoformat(timespec="seconds")}
         outcome = isolation.call(theory, cell.job, timeout=cell.timeout, memory=self._limit())
         row |= (outcome.value or {}) | {"cell_seconds": outcome.seconds}
         if outcome.status != "ok":
@@ -155,6 +160,9 @@ class Launcher:
             row |= roofline.columns(row, cell.case, peaks)
             row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row["macs_fvcore"])
         return row
+
+    def _who(self, cell: Cell) -> dict[str, Any]:
+        return cell.case.who(cell.sweep, self.facts["device_name"]) | self.facts
 
     def _verdict(self, columns: dict[str, Any], measured: bool, oversized: bool) -> str:
         """What to do with a case, from its theory: measure, or leave it predicted, or oom since it cannot fit."""

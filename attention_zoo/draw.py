@@ -29,8 +29,8 @@ def sample_image() -> Float[Tensor, "3 h w"]:
     """A photograph that comes with matplotlib (Grace Hopper, US Navy, public domain), its upper square."""
     from matplotlib import cbook, image
 
-    with cbook.get_sample_data("grace_hopper.jpg") as file:
-        return _to_tensor(image.imread(file))[:, :512, :512]
+    path = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    return _to_tensor(image.imread(str(path)))[:, :512, :512]
 
 
 def read_image(path: str | Path) -> Float[Tensor, "3 h w"]:

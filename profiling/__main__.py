@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from attention_zoo import MODELS, InvalidOption, load_plugin, names, options
+from attention_zoo.options import Option
 from profiling import environment, isolation, page
 from profiling.arguments import Parser, run_reporting
 from profiling.case import CHOICES, Case, available_impls
@@ -24,6 +25,8 @@ EXAMPLES = """examples:
   python -m profiling --model biformer_small --height 224 --width 224 --trace traces/small
   python -m profiling --attention bra --help          the options of one attention
 """
+INVALID = f"{InvalidOption.__name__}: "
+"""How the reason of a cell begins that was refused for its options."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +42,6 @@ def _run(arguments: list[str]) -> int:
         raise InvalidOption(f"--device {case.device}: {reason}; valid here: cpu")
     if given.trace and not _writable(Path(given.trace)):
         raise InvalidOption(f"--trace {given.trace}: no permission to write there")
-    # On shapes alone: bad combinations of options show here, before any process is started.
-    case.workload("meta")
     row, operators = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
     if given.json:
         print(json.dumps(row | {"heaviest_operators": operators}, indent=2))
@@ -55,16 +56,21 @@ def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[d
     isolation.start()
     job = Job(case, plugins)
     outcome = isolation.call(theory, job)
+    if outcome.reason.startswith(INVALID):
+        raise InvalidOption(outcome.reason.removeprefix(INVALID))
     facts = environment.describe(case.device)
     row: dict[str, Any] = case.who("profiling", facts["device_name"]) | facts
     row |= outcome.value or {}
-    operators = None
+    row |= {"status": outcome.status, "reason": outcome.reason}
     if outcome.status == "ok":
         outcome = isolation.call(measure_cell, job)
-        row |= outcome.value or {}
-    if outcome.status == "ok":
-        operators = isolation.call(profile_operators, job, trace and str(Path(trace).resolve())).value
-    return row | {"status": outcome.status, "reason": outcome.reason}, operators or []
+        row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
+    if row["status"] != "ok":
+        return row, []
+    profiled = isolation.call(profile_operators, job, trace and str(Path(trace).resolve()))
+    if trace and profiled.status != "ok":
+        raise OSError(f"--trace {trace}: {profiled.reason}")
+    return row, profiled.value or []
 
 
 def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
@@ -74,6 +80,8 @@ def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
     chosen = first.parse_known_args(arguments)[0]
     for plugin in chosen.plugin:
         load_plugin(plugin)
+    if chosen.model is not None and chosen.model not in MODELS:
+        raise InvalidOption(f"unknown model {chosen.model!r}; valid: {', '.join(MODELS)}")
     parser = Parser(
         prog="python -m profiling", epilog=EXAMPLES,
         description="Cost, memory, latency and heaviest operators of one attention or model, at one size.",
@@ -113,23 +121,43 @@ def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
 
 def _add_options(parser: Parser, chosen: argparse.Namespace) -> list[str]:
     declared = options("bra") if chosen.model else options(_name(chosen))
+    if chosen.model:
+        # It has one per stage.
+        del declared["topk"]
     whose = "bra inside the model" if chosen.model else _name(chosen)
     group = parser.add_argument_group(f"options of {whose}")
+    taken = {flag for action in parser._actions for flag in action.option_strings}
     for name, option in declared.items():
+        flag = f"--{name.replace('_', '-')}"
+        if flag in taken:
+            raise InvalidOption(
+                f"option {name!r} of {whose!r} has the name of a flag; taken: {', '.join(sorted(taken))}"
+            )
+        text = f"{option.describe()} (default: {option.default})".replace("%", "%%")
         group.add_argument(
-            f"--{name.replace('_', '-')}", type=option.parse, metavar=name.upper().rsplit("_")[-1],
-            default=argparse.SUPPRESS, help=f"{option.describe()} (default: {option.default})",
+            flag, type=_value_of(option), metavar=name.upper().rsplit("_")[-1], default=argparse.SUPPRESS, help=text,
             nargs="?" if option.default is False else None, const=True if option.default is False else None,
         )  # fmt: skip
     return list(declared)
 
 
+def _value_of(option: Option) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return option.parse(text)
+        except InvalidOption as problem:
+            # The one exception whose message argparse passes on.
+            raise argparse.ArgumentTypeError(str(problem)) from None
+
+    return parse
+
+
 def _name(chosen: argparse.Namespace) -> str:
-    return chosen.block or chosen.attention or "bra"
+    return next((name for name in (chosen.block, chosen.attention) if name is not None), "bra")
 
 
 def _case(given: argparse.Namespace, chosen: dict[str, Any]) -> Case:
-    kind = "model" if given.model else "block" if given.block else "attention"
+    kind = "model" if given.model else "attention" if given.block is None else "block"
     return Case(
         given.model or _name(given), given.height, given.width,
         None if given.model else given.dim, None if given.model else given.num_heads,

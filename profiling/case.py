@@ -129,7 +129,8 @@ class Case:
     def __str__(self) -> str:
         chosen = " ".join(f"{name}={value}" for name, value in self.options)
         size = f"{self.height}x{self.width}" + (f"x{self.dim}" if self.kind != "model" else "")
-        extras = [self.impl if self.impl != "auto" else "", self.dtype if self.dtype != "fp32" else ""]
+        plain = ("auto", "reference")
+        extras = [self.impl if self.impl not in plain else "", self.dtype if self.dtype != "fp32" else ""]
         extras += ["compiled" if self.compiled else "", f"batch {self.batch}" if self.batch > 1 else ""]
         return " ".join(filter(None, [self.name, size, chosen, self.mode, *extras]))
 

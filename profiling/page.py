@@ -16,7 +16,7 @@ def show(case: Case, row: dict[str, Any], operators: list[dict[str, Any]], conso
     """Print cost, memory, latency and the heaviest operators; a number that was not obtained is a dash."""
     console.print(f"[bold]{escape(str(case))}[/bold]")
     device = f"{row['device_name']}; PyTorch {row['torch']}; impl {row.get('impl') or '-'}"
-    console.print(device, highlight=False)
+    console.print(device, highlight=False, markup=False)
     if row["status"] != "ok":
         console.print(f"[bold red]{row['status']}[/bold red]: {escape(row['reason'])}", highlight=False)
     console.print(_cost(row))

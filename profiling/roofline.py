@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from profiling.case import Case
+from profiling.rows import SchemaError
 
 Peaks = dict[str, float]
 """FLOP/s by dtype, and bytes/s under ``copy`` (read plus written)."""
@@ -55,8 +56,14 @@ def stored(folder: Path, device: str, ask: Callable[..., Peaks]) -> Peaks:
                 [what, f"{value:.4g}", "byte" if what == "copy" else "FLOP"] for what, value in peaks.items()
             )
         beside.replace(path)
-    with path.open(newline="") as file:
-        return {line["what"]: float(line["per_second"]) for line in csv.DictReader(file)}
+    try:
+        with path.open(newline="") as file:
+            peaks = {line["what"]: float(line["per_second"]) for line in csv.DictReader(file)}
+    except (KeyError, TypeError, ValueError) as problem:
+        raise SchemaError(f"{path} holds no peaks ({problem!r}); remove it, and they are measured anew") from problem
+    if not {"fp32", "copy"} <= set(peaks):
+        raise SchemaError(f"{path} lacks the peak of fp32 or copy; remove it, and they are measured anew")
+    return peaks
 
 
 def columns(row: dict[str, Any], case: Case, peaks: Peaks) -> dict[str, float]:
