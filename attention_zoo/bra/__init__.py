@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import regions
-from attention_zoo.bra import reference
+from attention_zoo.bra import reference, sdpa
 from attention_zoo.bra.kv_downsample import KVDownsample, Mode
 from attention_zoo.bra.routing import Router, auto_regions_per_side
 from attention_zoo.contract import Attention, Impl, InvalidOption, Macs
@@ -55,7 +55,7 @@ class BiLevelRoutingAttention(Attention):
     """
 
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
-    impls = ("reference",)
+    impls = ("reference", "sdpa")
     smallest = {"n_win": 2, "topk": 1, "side_dwconv": 3}
 
     def __init__(
@@ -102,15 +102,27 @@ class BiLevelRoutingAttention(Attention):
         self, x: Float[Tensor, "b h w c"]
     ) -> tuple[Float[Tensor, "b h w c"], Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
         """The output, and for each query region the indices of its routed regions and their weights, best first."""
-        self.chosen_impl(x)
+        impl = self.chosen_impl(x)
         height, width = x.shape[1:3]
         side = self.regions_per_side(height, width)
         padded = regions.pad_to_multiple(x, side, side)
         valid = None
         if self.mask_padding and padded is not x:
             valid = regions.inside(height, width, (padded.shape[1], padded.shape[2]), x.device)
-        out, index, weight = reference.forward(self, padded, side, valid)
+        if impl == "sdpa":
+            out, index, weight = sdpa.forward(self, padded, side)
+        else:
+            out, index, weight = reference.forward(self, padded, side, valid)
         return regions.crop(self.wo(out), height, width), index, weight
+
+    def unsupported(self, impl: str, x: Tensor) -> str | None:
+        if (
+            impl == "sdpa"
+            and self.mask_padding
+            and any(size % self.regions_per_side(*x.shape[1:3]) for size in x.shape[1:3])
+        ):
+            return f"it masks no padding, which mask_padding=True asks for on a {x.shape[1]} x {x.shape[2]} grid"
+        return None
 
     def routes(self, x: Float[Tensor, "b h w c"]) -> tuple[Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
         """The routed regions of each query region and their weights: softmax over the k routing scores."""

@@ -1,0 +1,94 @@
+"""Cross-shaped window attention: half of the heads in horizontal stripes, half in vertical ones."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attention_zoo.attend import attend, merge_heads, split_heads
+from attention_zoo.contract import Attention, Impl, InvalidOption, Macs
+from attention_zoo.groups import Groups
+from attention_zoo.lepe import depthwise
+from attention_zoo.options import AtLeast1
+from attention_zoo.registry import register
+
+
+@register("cross_shaped")
+class CrossShapedAttention(Attention):
+    """Heads in two halves: the first attends within horizontal stripes, the second within vertical ones.
+
+    Each half adds a locally-enhanced position encoding: a 3x3 depthwise convolution of its values that does not
+    look beyond the stripe (eq. 7). A grid that stripe_width does not divide is padded after the projection and
+    padding is masked out: the last stripe is narrower, and its convolution reads zeros beyond. The order
+    of the halves is the paper's (eq. 3); its code has them the other way round. With one stripe over the whole
+    grid the publication runs all heads as one; here the halves then do the same in two calls.
+
+    Args:
+        stripe_width: tokens across a stripe; published: 1, 2, 7, 7 by stage.
+        qkv_bias: whether the qkv projection has a bias.
+
+    Raises:
+        InvalidOption: num_heads is odd.
+    """
+
+    citation = "Dong et al., CSWin Transformer, CVPR 2022, eq. 1 to 3 (attention) and eq. 7 (LePE)"
+    impls = ("reference", "sdpa")
+    smallest = {"stripe_width": 2}
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        impl: Impl = "auto",
+        *,
+        stripe_width: AtLeast1 = 7,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__(dim, num_heads, impl)
+        if num_heads % 2:
+            valid = [str(heads) for heads in range(2, dim + 1, 2) if dim % heads == 0]
+            raise InvalidOption(
+                f"num_heads={num_heads} is odd and has no halves; valid for dim={dim}: {', '.join(valid) or 'none'}"
+            )
+        self.stripe_width = stripe_width
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.lepe = nn.ModuleList(depthwise(dim // 2, 3, "lepe") for _ in range(2))
+        self.proj = nn.Linear(dim, dim)
+
+    def stripes(self, height: int, width: int) -> tuple[Groups, Groups]:
+        """The horizontal and the vertical stripes of a ``height x width`` grid."""
+        across = self.stripe_width
+        return Groups(height, width, (across, width)), Groups(height, width, (height, across))
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        halves = self.qkv(x).chunk(6, dim=-1)
+        impl = self.chosen_impl(x)
+        out = [
+            self._half(halves[i::2], stripes, lepe, impl)
+            for i, (stripes, lepe) in enumerate(zip(self.stripes(*x.shape[1:3]), self.lepe, strict=True))
+        ]
+        return self.proj(torch.cat(out, dim=-1))
+
+    def _half(
+        self, qkv: tuple[Float[Tensor, "b h w e"], ...], stripes: Groups, lepe: nn.Module, impl: str
+    ) -> Float[Tensor, "b h w e"]:
+        q, k, v = (stripes.cut(part) for part in qkv)
+        heads = (split_heads(part, self.num_heads // 2) for part in (q, k, v))
+        out = merge_heads(attend(*heads, self.scale, stripes.mask(q), impl))
+        planes = rearrange(v, "b p (y z) e -> (b p) e y z", y=stripes.size[0])
+        local = rearrange(lepe(planes), "(b p) e y z -> b p (y z) e", b=len(v))
+        return stripes.join(out + local)
+
+    def macs(self, height: int, width: int) -> Macs:
+        n, half = height * width, self.dim // 2
+        padded = [stripes.padded[0] * stripes.padded[1] for stripes in self.stripes(height, width)]
+        keys = self.stripe_width * width, self.stripe_width * height
+        return Macs(
+            projection=4 * n * self.dim**2,
+            attention=sum(2 * tokens * seen * half for tokens, seen in zip(padded, keys, strict=True)),
+            local_conv=sum(9 * tokens * half for tokens in padded),
+        )
+
+    def kv_tokens_per_query(self, height: int, width: int) -> float:
+        return sum(stripes.mean_keys() for stripes in self.stripes(height, width)) / 2

@@ -1,0 +1,51 @@
+"""Shifted-window attention: Swin's second kind of block, whose windows straddle the borders of the first kind's."""
+
+from typing import Annotated
+
+from attention_zoo.contract import Impl
+from attention_zoo.groups import Groups
+from attention_zoo.options import Range
+from attention_zoo.registry import register
+from attention_zoo.window import WindowAttention
+
+
+@register("shifted_window")
+class ShiftedWindowAttention(WindowAttention):
+    """Windows displaced by half their size, with a learned bias per relative position (eq. 4).
+
+    The publication alternates plain and shifted windows from block to block; this is every second block, at
+    the same cost and the same parameters as the plain one (``window`` with relative_position_bias).
+    Its code drops the shift on a grid no larger than one window. Here an axis that one window covers is not
+    shifted: the same on square grids. That code also shrinks the window to such a grid; here the rest of the
+    window is masked padding, so that the bias table's size does not depend on the input.
+
+    Args:
+        window_size: tokens per side of a window, at least 2: one token can be neither shifted nor biased.
+        qkv_bias: whether the qkv projection has a bias.
+    """
+
+    citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2, eq. 4"
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        impl: Impl = "auto",
+        *,
+        window_size: Annotated[int, Range(2)] = 7,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            impl,
+            window_size=window_size,
+            shift=window_size // 2,
+            relative_position_bias=True,
+            qkv_bias=qkv_bias,
+        )
+
+    def groups(self, height: int, width: int) -> Groups:
+        size = self.window_size
+        down, right = (self.shift if side > size else 0 for side in (height, width))
+        return Groups(height, width, (size, size), shift=(down, right))
