@@ -18,6 +18,7 @@ class AxialAttention(Attention):
 
     citation = "Ho et al., Axial Attention in Multidimensional Transformers, 2019, section 4.1"
     impls = ("reference", "sdpa")
+    exponent = 1.5
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = False) -> None:
         super().__init__(dim, num_heads, impl)

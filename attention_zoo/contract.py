@@ -48,6 +48,8 @@ class Attention(nn.Module):
 
     citation: ClassVar[str] = ""
     impls: ClassVar[tuple[str, ...]] = ("reference",)
+    exponent: float | None = None
+    """The power of HW with which attention and routing grow, by theory."""
     smallest: ClassVar[dict[str, Any]] = {}
     """Options that make the smallest valid instance on an 8 x 8 grid, for tests."""
 

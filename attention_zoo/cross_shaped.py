@@ -74,8 +74,9 @@ class CrossShapedAttention(Attention):
         self, qkv: tuple[Float[Tensor, "b h w e"], ...], stripes: Groups, lepe: nn.Module, impl: str
     ) -> Float[Tensor, "b h w e"]:
         q, k, v = (stripes.cut(part) for part in qkv)
-        heads = (split_heads(part, self.num_heads // 2) for part in (q, k, v))
-        out = merge_heads(attend(*heads, self.scale, stripes.mask(q), impl))
+        heads = self.num_heads // 2
+        by_head = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+        out = merge_heads(attend(*by_head, self.scale, stripes.mask(q), impl))
         planes = rearrange(v, "b p (y z) e -> (b p) e y z", y=stripes.size[0])
         local = rearrange(lepe(planes), "(b p) e y z -> b p (y z) e", b=len(v))
         return stripes.join(out + local)

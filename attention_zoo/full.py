@@ -20,6 +20,7 @@ class FullAttention(Attention):
 
     citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1"
     impls = ("reference", "sdpa")
+    exponent = 2
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = False) -> None:
         super().__init__(dim, num_heads, impl)

@@ -13,6 +13,7 @@ class PseudoConv(Attention):
     """1x1 conv, 5x5 depthwise conv, 1x1 conv; the Block's topk = 0. Heads have no meaning here."""
 
     citation = "Zhu et al., BiFormer, CVPR 2023: the published Block's topk = 0"
+    exponent = 1
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto") -> None:
         super().__init__(dim, num_heads, impl)

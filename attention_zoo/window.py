@@ -34,6 +34,7 @@ class WindowAttention(Attention):
 
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2"
     impls = ("reference", "sdpa")
+    exponent = 1
     smallest = {"window_size": 2}
 
     def __init__(
@@ -68,8 +69,8 @@ class WindowAttention(Attention):
         groups = self.groups(x.shape[1], x.shape[2])
         windows = groups.cut(x)
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(windows).chunk(3, dim=-1))
-        out = merge_heads(attend(q, k, v, self.scale, self._bias(groups, q), self.chosen_impl(x)))
-        return self.proj(groups.join(out))
+        out = groups.join(merge_heads(attend(q, k, v, self.scale, self._bias(groups, q), self.chosen_impl(x))))
+        return self.proj(out)
 
     def _bias(self, groups: Groups, like: Tensor) -> Tensor | None:
         """Relative position bias (m, n, n) and mask (p, 1, n, n), added; None where neither is needed."""

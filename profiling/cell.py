@@ -54,6 +54,7 @@ def theory_of(case: Case) -> dict[str, Any]:
         "params": sum(p.numel() for p in work.module.parameters()),
         "macs_counted": forward,
         "macs_backward_counted": backward if case.mode == "forward_backward" else None,
+        "exponent_theory": None if case.kind == "model" else getattr(attention, "exponent", None),
         "kv_tokens_per_query": _declared(attention, "kv_tokens_per_query", case),
         "regions_per_side": _declared(attention, "regions_per_side", case),
         "memory_predicted_bytes": _predicted(work, case.device),

@@ -107,6 +107,7 @@ class Row(pa.DataFrameModel):
     macs_routing: Series[pd.Int64Dtype] = _count("Part of macs_analytic: choosing what to attend to.")
     macs_attention: Series[pd.Int64Dtype] = _count("Part of macs_analytic: scores and weighted sums.")
     macs_local_conv: Series[pd.Int64Dtype] = _count("Part of macs_analytic: depthwise convolutions.")
+    exponent_theory: Series[float] = _number("Power of HW with which attention and routing grow, by theory.")
     kv_tokens_per_query: Series[float] = _number("Key tokens that one query attends to, mean over queries.")
     regions_per_side: Series[pd.Int64Dtype] = _count("bra: S, resolved where n_win is auto.")
     # memory

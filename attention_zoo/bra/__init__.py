@@ -84,6 +84,7 @@ class BiLevelRoutingAttention(Attention):
         self.qk_dim = qk_dim or dim
         _check(self.qk_dim, num_heads, n_win, topk, param_routing, diff_routing)
         self.n_win, self.topk = n_win, topk
+        self.exponent = 4 / 3 if n_win == "auto" else 2
         self.scale = qk_scale or self.qk_dim**-0.5
         self.soft_routing, self.diff_routing = soft_routing, diff_routing
         self.auto_pad, self.mask_padding = auto_pad, mask_padding
