@@ -14,7 +14,7 @@ def attend(
     q: Float[Tensor, "*g m q d"],
     k: Float[Tensor, "*g m k d"],
     v: Float[Tensor, "*g m k e"],
-    scale: float,
+    scale: float | int,
     bias: Float[Tensor, "..."] | None = None,
     impl: str = "reference",
 ) -> Float[Tensor, "*g m q e"]:
@@ -27,7 +27,7 @@ def attend(
     return torch.softmax(scores, dim=-1) @ v
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | int, bias: Tensor | None) -> Tensor:
     # PyTorch's fused kernels take exactly one batch axis; with more they fall back to the unfused code.
     lead = q.shape[:-3]
     q, k, v = (t.reshape(-1, *t.shape[-3:]) for t in (q, k, v))

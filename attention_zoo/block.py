@@ -1,16 +1,14 @@
 """The Transformer block around any attention: position convolution, attention, MLP."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from attention_zoo.bra.kv_downsample import Mode
 from attention_zoo.contract import InvalidOption, Macs
 from attention_zoo.lepe import depthwise
-from attention_zoo.options import AtLeast0, AtLeast1
 from attention_zoo.registry import build
 
 HEADS_OF_FULL_ATTENTION = 8
@@ -41,25 +39,25 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        drop_path: float = 0.0,
-        layer_scale_init_value: float = -1,
+        drop_path: float | int = 0.0,
+        layer_scale_init_value: float | int = -1,
         num_heads: int = 8,
-        n_win: AtLeast1 | Literal["auto"] = 7,
-        qk_dim: AtLeast1 | None = None,
-        qk_scale: float | None = None,
-        kv_per_win: AtLeast1 = 4,
-        kv_downsample_ratio: AtLeast1 = 4,
-        kv_downsample_kernel: AtLeast1 | None = None,
-        kv_downsample_mode: Mode = "ada_avgpool",
+        n_win: int | str = 7,
+        qk_dim: int | None = None,
+        qk_scale: float | int | None = None,
+        kv_per_win: int = 4,
+        kv_downsample_ratio: int = 4,
+        kv_downsample_kernel: int | None = None,
+        kv_downsample_mode: str = "ada_avgpool",
         topk: int = 4,
-        param_attention: Literal["qkvo", "qkv"] = "qkvo",
+        param_attention: str = "qkvo",
         param_routing: bool = False,
         diff_routing: bool = False,
         soft_routing: bool = False,
-        mlp_ratio: float = 4,
+        mlp_ratio: float | int = 4,
         mlp_dwconv: bool = False,
-        side_dwconv: AtLeast0 = 5,
-        before_attn_dwconv: AtLeast0 = 3,
+        side_dwconv: int = 5,
+        before_attn_dwconv: int = 3,
         pre_norm: bool = True,
         auto_pad: bool = False,
         mask_padding: bool = False,
@@ -152,7 +150,7 @@ class DepthwiseNHWC(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth (Huang et al., 2016): in training, zero a sample's branch with probability ``rate``."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float | int) -> None:
         super().__init__()
         if not 0 <= rate < 1:
             raise InvalidOption(f"drop_path={rate} is not valid; valid: at least 0 and below 1")

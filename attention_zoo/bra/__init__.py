@@ -67,7 +67,7 @@ class BiLevelRoutingAttention(Attention):
         n_win: AtLeast1 | Literal["auto"] = 7,
         topk: AtLeast1 = 4,
         qk_dim: AtLeast1 | None = None,
-        qk_scale: float | None = None,
+        qk_scale: float | int | None = None,
         kv_downsample_mode: Mode = "identity",
         kv_per_win: AtLeast1 = 4,
         kv_downsample_ratio: AtLeast1 = 4,
@@ -161,7 +161,7 @@ class BiLevelRoutingAttention(Attention):
             local_conv=tokens * lepe + side**2 * self.kv_down.macs(*region),
         )
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         side = self.regions_per_side(height, width)
         kv_height, kv_width = self.kv_down.out_size(-(-height // side), -(-width // side))
         return self.topk * kv_height * kv_width

@@ -21,7 +21,7 @@ class Router(nn.Module):
         diff_routing: keep the gradient; else descriptors are detached.
     """
 
-    def __init__(self, qk_dim: int, topk: int, scale: float, param_routing: bool, diff_routing: bool) -> None:
+    def __init__(self, qk_dim: int, topk: int, scale: float | int, param_routing: bool, diff_routing: bool) -> None:
         super().__init__()
         self.qk_dim, self.topk, self.scale, self.diff_routing = qk_dim, topk, scale, diff_routing
         self.emb = nn.Linear(qk_dim, qk_dim) if param_routing else nn.Identity()

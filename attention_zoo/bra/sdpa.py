@@ -74,7 +74,7 @@ class _RoutedAttention(torch.autograd.Function):
         index: Int[Tensor, "r k"],
         factor: Float[Tensor, "r k"] | None,
         heads: int,
-        scale: float,
+        scale: float | int,
         e: int,
     ) -> Float[Tensor, "r n c"]:
         ctx.save_for_backward(q, kv, index, factor)
@@ -115,7 +115,7 @@ def _attend(
     gathered: Float[Tensor, "rk s d"],
     factor: Float[Tensor, "r k"] | None,
     heads: int,
-    scale: float,
+    scale: float | int,
     e: int,
 ) -> Float[Tensor, "r n c"]:
     if factor is not None:
