@@ -10,7 +10,7 @@ reproduce: setup
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 setup: .venv/.ready
 
@@ -21,7 +21,7 @@ setup: .venv/.ready
 	touch $@
 
 notebooks: setup
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 tensorboard: setup
 	$(BIN)/tensorboard --logdir $(DIR) --host localhost

@@ -2,7 +2,7 @@
 
     python run_all.py --only complexity
 
-Fit the exponent of MACs, memory and latency against HW (``ablations.exponents``); the notebook shows the table.
+``notebooks/complexity_tables.ipynb`` fits the exponents and shows them beside the theory.
 """
 
 from ablations.sweep import Sweep, attentions

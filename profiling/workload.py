@@ -46,7 +46,8 @@ class Workload:
         self.grad = grad
         if mode == "forward_backward" and grad is None:
             with self.settings(), torch.no_grad():
-                self.grad = torch.randn_like(module(self.x))
+                # Contiguous whatever the output's layout is, which may differ on meta.
+                self.grad = torch.randn_like(module(self.x), memory_format=torch.contiguous_format)
 
     def step(self) -> Tensor:
         """Run once. The caller holds :meth:`settings` around any number of steps."""

@@ -1,0 +1,155 @@
+"""What topk, the number of regions and kv downsampling cost and save in BRA: figures and findings."""
+
+from collections.abc import Iterator
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from notebooks.curves import log_ticks
+from notebooks.limits import MODES
+from notebooks.plots import FAINT, INK, MIB, Results, caption, needs, number, save, say
+
+METRICS = {"latency_p50_ms": ("latency, ms (median)", 1.0), "memory_peak_bytes": ("peak memory, MiB", MIB)}
+KV_STYLES = {
+    "identity": ("#000000", "*"),
+    "avgpool": ("#0072B2", "o"),
+    "maxpool": ("#D55E00", "s"),
+    "ada_avgpool": ("#56B4E9", "^"),
+    "ada_maxpool": ("#E69F00", "v"),
+    "fracpool": ("#009E73", "D"),
+    "conv": ("#CC79A7", "P"),
+}
+
+
+@needs("topk")
+def topk_maps(results: Results) -> Figure:
+    """Heat maps of latency and memory over topk and regions per side, a column of panels per mode."""
+    rows = results.sweep("topk")
+    modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
+    topks = sorted(rows["topk"].dropna().unique())
+    width, height = 1 + (2.4 + 0.42 * len(topks)) * len(modes), 2.8 + 0.8 * rows["n_win"].nunique()
+    fig, axes = plt.subplots(2, len(modes), figsize=(max(width, 6.5), height), squeeze=False, layout="constrained")
+    for metric, row_of_axes in zip(METRICS, axes, strict=True):
+        for mode, ax in zip(modes, row_of_axes, strict=True):
+            _heat_map(ax, rows[rows["mode"] == mode], metric, mode)
+    _title(fig, rows, "topk and regions per side")
+    caption(fig, rows, "Darker is more, on a log scale of each panel. Empty: topk exceeds the regions there are.")
+    return save(fig, "topk")
+
+
+def _heat_map(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
+    words, unit = METRICS[metric]
+    table = rows.pivot_table(index="n_win", columns="topk", values=metric, aggfunc="median", dropna=False)
+    table = table.loc[sorted(table.index, key=_regions)].astype(float) / unit
+    texts = table.map(lambda value: "" if pd.isna(value) else number(value))
+    if table.notna().any(axis=None):
+        sns.heatmap(table, ax=ax, norm=LogNorm(), cmap="YlGnBu", annot=texts, fmt="", linewidths=1,
+                    annot_kws={"fontsize": 9}, cbar=False)  # fmt: skip
+    ax.grid(False)
+    for row in rows[rows["status"] != "ok"].itertuples():
+        spot = table.columns.get_loc(row.topk) + 0.5, table.index.get_loc(row.n_win) + 0.5
+        ax.text(*spot, str(row.status), ha="center", va="center", fontsize=8, color="#B00020")
+    ax.set_title(f"{words}: {MODES[mode]}")
+    ax.set(xlabel="topk (routed regions per query region)", ylabel="n_win")
+    ax.tick_params(length=0, rotation=0)
+
+
+def _regions(n_win: str) -> tuple[bool, int]:
+    return (False, int(n_win)) if n_win.isdigit() else (True, 0)
+
+
+def _title(fig: Figure, rows: pd.DataFrame, what: str) -> None:
+    text = f"BRA at {rows['height'].iloc[0]} x {rows['width'].iloc[0]} tokens: {what}"
+    fig.suptitle(text, x=0.01, ha="left", weight="bold", fontsize=14)
+
+
+@needs("kv_downsample")
+def kv_curves(results: Results) -> Figure:
+    """Latency and memory against the keys that a query attends to, a line per way to reduce them."""
+    rows = results.sweep("kv_downsample")
+    modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
+    fig, axes = plt.subplots(2, len(modes), figsize=(1.8 + 5.2 * len(modes), 7.6), squeeze=False, layout="constrained")
+    for metric, row_of_axes in zip(METRICS, axes, strict=True):
+        for mode, ax in zip(modes, row_of_axes, strict=True):
+            _kv_panel(ax, rows[rows["mode"] == mode], metric, mode)
+    shown = {name: pair for name, pair in KV_STYLES.items() if (rows["kv_downsample_mode"] == name).any()}
+    handles = [Line2D([], [], color=colour, marker=marker, label=name) for name, (colour, marker) in shown.items()]
+    fig.legend(handles=handles, loc="outside right center", title="kv_downsample_mode")
+    _title(fig, rows, "fewer keys and values per region")
+    caption(fig, rows, "Dotted: identity, nothing is reduced. Crosses: failed.")
+    return save(fig, "kv_downsample")
+
+
+def _kv_panel(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
+    words, unit = METRICS[metric]
+    failed: list[tuple[float, str, str]] = []
+    for rank, (name, (colour, marker)) in enumerate(KV_STYLES.items()):
+        part = rows[(rows["kv_downsample_mode"] == name)].sort_values("kv_tokens_per_query")
+        keys, values = part["kv_tokens_per_query"].astype(float), part[metric].astype(float) / unit
+        # Later lines are narrower, so that lines that coincide all show.
+        ax.plot(keys, values, marker=marker, color=colour, linewidth=4.4 - 0.5 * rank, markersize=14 - 1.3 * rank,
+                markeredgecolor="white", markeredgewidth=0.7, zorder=3 if name == "identity" else 2)  # fmt: skip
+        if name == "identity" and values.notna().any():
+            ax.axhline(values.median(), color=FAINT, linestyle=":", zorder=1)
+        if metric == "latency_p50_ms":
+            for x, row in zip(keys, part.itertuples(), strict=True):
+                if pd.notna(row.latency_low_ms) and pd.notna(row.latency_high_ms):
+                    ax.plot([x, x], [row.latency_low_ms, row.latency_high_ms], color=colour, linewidth=1)
+        for x, status in zip(keys, part["status"], strict=True):
+            if status != "ok" and pd.notna(x):
+                failed.append((x, colour, f"{name}: {status}"))
+    for height, (x, colour, text) in zip(np.linspace(0.97, 0.5, max(8, len(failed))), failed, strict=False):
+        ax.plot(x, height, "X", color=colour, markeredgecolor=INK, markersize=9, transform=ax.get_xaxis_transform())
+        ax.annotate(text, (x, height), xycoords=ax.get_xaxis_transform(), xytext=(-9, 0), textcoords="offset points",
+                    ha="right", va="center", fontsize=9)  # fmt: skip
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(sorted(rows["kv_tokens_per_query"].dropna().unique())))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_yscale("log")
+    log_ticks(ax.yaxis)
+    ax.set(title=f"{words}: {MODES[mode]}", xlabel="keys that a query attends to", ylabel=words)
+
+
+def findings(results: Results) -> list[str]:
+    """Sentences computed from the rows of the topk and kv_downsample sweeps."""
+    found = [sentence for mode in MODES for sentence in (*_topk(results, mode), *_kv(results, mode))]
+    say(*found)
+    return found
+
+
+def _topk(results: Results, mode: str) -> Iterator[str]:
+    rows = results.sweep("topk").query("mode == @mode and status == 'ok'")
+    counts = rows.groupby("n_win")["topk"].nunique().sort_values(kind="stable")
+    if counts.empty or counts.iloc[-1] < 2:
+        return
+    n_win = "7" if counts.get("7", 0) > 1 else str(counts.index[-1])
+    columns = ["macs_counted", "latency_p50_ms", "memory_peak_bytes"]
+    values = rows[rows["n_win"] == n_win].groupby("topk")[columns].median().astype(float)
+    low, high = values.index.min(), values.index.max()
+    macs, time, memory = values.loc[high] / values.loc[low]
+    yield (
+        f"{MODES[mode].capitalize()}, n_win {n_win}: topk {high} instead of {low} costs {macs:.1f}x the MACs, "
+        f"{time:.1f}x the time and {memory:.1f}x the memory."
+    )
+
+
+def _kv(results: Results, mode: str) -> Iterator[str]:
+    rows = results.sweep("kv_downsample").query("mode == @mode and status == 'ok'")
+    whole, reduced = rows[rows["kv_downsample_mode"] == "identity"], rows[rows["kv_downsample_mode"] != "identity"]
+    if whole.empty or reduced.empty:
+        return
+    plain, best = whole.iloc[0], reduced.loc[reduced["latency_p50_ms"].idxmin()]
+    time, memory = (best[column] / plain[column] for column in ("latency_p50_ms", "memory_peak_bytes"))
+    yield (
+        f"{MODES[mode].capitalize()}: the fastest reduction, {best['kv_downsample_mode']} from "
+        f"{plain['kv_tokens_per_query']:.0f} to {best['kv_tokens_per_query']:.0f} keys per query, takes {time:.0%} of "
+        f"the time and {memory:.0%} of the memory of identity."
+    )

@@ -1,0 +1,161 @@
+"""Figures of memory and latency against resolution."""
+
+import re
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from notebooks.limits import MODES, Line, cells, device_memory, lines, resolution
+from notebooks.plots import FAINT, INK, Results, caption, needs, save, say, size, style
+
+FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
+
+
+@needs("resolution")
+def figure(results: Results, mode: str) -> Figure | None:
+    """Two panels for one mode: memory, predicted as lines and measured as marks, and latency with intervals."""
+    rows = resolution(results, mode)
+    if rows.empty:
+        say(f"The `resolution` sweep has no {MODES[mode]} cells here; without `--smoke`, run_all.py makes them.")
+        return None
+    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
+    drawn = list(lines(rows))
+    for line, layer in zip(drawn, layers(drawn), strict=True):
+        memory_line(left, line, layer)
+    limit_line(left, *device_memory(results))
+    _latency_panel(right, drawn)
+    memory_axis(left, sorted(cells(rows).index), "peak memory of one step")
+    right.set_ylabel("latency of one step, ms (median, 95 % interval)")
+    _side_axis(right, sorted(cells(rows[rows["status"] != "predicted"]).index) or sorted(cells(rows).index))
+    left.set_title("Peak memory")
+    right.set_title("Latency")
+    fig.suptitle(f"One step of one attention layer, {MODES[mode]}", x=0.01, ha="left", weight="bold", fontsize=14)
+    legend(right, drawn)
+    caption(fig, rows, labelled=True)
+    return save(fig, f"resolution_{mode}")
+
+
+def memory_line(ax: Axes, drawn: Line, layer: tuple[float, float, float]) -> None:
+    """One attention's predicted curve, its measured points, and a cross at every cell that failed."""
+    name, _, dash, line = drawn
+    (colour, marker), (wide, big, order) = style(name), layer
+    predicted = line["memory_predicted_bytes"].dropna()
+    ax.plot(predicted.index, predicted, dash, color=colour, linewidth=wide, zorder=order)
+    measured = line["memory_peak_bytes"].dropna()
+    ax.plot(measured.index, measured, marker, color=colour, markersize=big, markeredgecolor="white",
+            markeredgewidth=0.7, zorder=order + 2)  # fmt: skip
+    failed = line[line["status"].isin(FAILED)]["memory_predicted_bytes"].dropna()
+    ax.plot(failed.index, failed, "X", color=colour, markersize=big + 3, markeredgecolor=INK, zorder=order + 4)
+
+
+def layers(drawn: list[Line]) -> list[tuple[float, float, float]]:
+    """Line width, mark size and depth of each line: one that the next would hide is wide and lies below it."""
+    found = []
+    for rank, (*_, line) in enumerate(drawn):
+        after = drawn[rank + 1][3] if rank + 1 < len(drawn) else None
+        hidden = after is not None and _coincide(line["memory_predicted_bytes"], after["memory_predicted_bytes"])
+        found.append((4.4, 11.0, 2.0) if hidden else (1.8, 7.5, 2.5))
+    return found
+
+
+def _coincide(one: pd.Series, other: pd.Series) -> bool:
+    ratio = (one / other).dropna()
+    return len(ratio) > 0 and bool(ratio.between(0.9, 1.1).mean() > 0.5)
+
+
+def limit_line(ax: Axes, limit: float, how: str) -> None:
+    """The device's memory as a horizontal line."""
+    ax.axhline(limit, color=INK, linewidth=1.2, linestyle=(0, (6, 3)), zorder=1)
+    ax.annotate(how, (0.01, limit), xycoords=("axes fraction", "data"), xytext=(0, -5), textcoords="offset points",
+                va="top", fontsize=9, color=INK)  # fmt: skip
+
+
+def _latency_panel(ax: Axes, drawn: list[Line]) -> None:
+    for (name, _, dash, line), (wide, big, order) in zip(drawn, layers(drawn), strict=True):
+        timed, (colour, marker) = line.dropna(subset=["latency_p50_ms"]), style(name)
+        middle = timed["latency_p50_ms"]
+        ends = [(middle - timed["latency_low_ms"]).fillna(0), (timed["latency_high_ms"] - middle).fillna(0)]
+        ax.errorbar(timed.index, middle, yerr=ends, linestyle=dash, color=colour, marker=marker, markersize=big,
+                    markeredgecolor="white", markeredgewidth=0.7, linewidth=wide, elinewidth=1.5, capsize=3,
+                    zorder=order)  # fmt: skip
+    ax.set_yscale("log")
+    _failures(ax, drawn)
+    log_ticks(ax.yaxis)
+
+
+def log_ticks(axis: Axis) -> None:
+    """Ticks in plain numbers; more of them where the axis spans few decades."""
+    low, high = sorted(axis.get_view_interval())
+    decades = np.log10(high / low)
+    steps = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 1.2 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    axis.set_major_locator(LogLocator(base=10, subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def _failures(ax: Axes, drawn: list[Line]) -> None:
+    """Failed cells have no latency: they are listed above the curves, at their grid."""
+    failed = [(int(side), name, label, row) for name, label, _, line in drawn
+              for side, row in line[line["status"].isin(FAILED)].iterrows()]  # fmt: skip
+    if not failed:
+        return
+    low, high = ax.get_ylim()
+    step = min(0.05, 0.5 / len(failed))
+    ax.set_ylim(low, high * (high / low) ** (step * len(failed) / (1 - step * len(failed))))
+    for rank, (side, name, label, row) in enumerate(sorted(failed, key=lambda item: -item[0])):
+        height = 1 - step * (rank + 0.5)
+        ax.plot(side, height, "X", color=style(name)[0], markersize=9, markeredgecolor=INK,
+                transform=ax.get_xaxis_transform(), clip_on=False)  # fmt: skip
+        ax.annotate(f"{label}: {short_reason(row)}", (side, height), xycoords=ax.get_xaxis_transform(), xytext=(-9, 0),
+                    textcoords="offset points", ha="right", va="center", fontsize=9)  # fmt: skip
+
+
+def short_reason(row: pd.Series) -> str:
+    """Status and what matters of the reason of a failed cell, short enough for a figure."""
+    reason = str(row["reason"]) if pd.notna(row["reason"]) else ""
+    if needs_memory := re.search(r"needs ([\d.]+ GiB)", reason):
+        return f"{row['status']}, needs {needs_memory[1]}"
+    return f"{row['status']}, {textwrap.shorten(reason, 32, placeholder=' ...')}".rstrip(", ")
+
+
+def _side_axis(ax: Axes, sides: list[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(sides[0] / 1.25, sides[-1] * 1.25)
+    ax.xaxis.set_major_locator(FixedLocator([float(side) for side in sides]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    ax.set_xlabel("tokens per side of a square grid")
+
+
+def memory_axis(ax: Axes, sides: list[int], ylabel: str) -> None:
+    """Tokens per side against memory in binary units, both logarithmic."""
+    _side_axis(ax, sides)
+    ax.set_ylabel(ylabel)
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_locator(LogLocator(base=16))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def legend(ax: Axes, drawn: list[Line]) -> None:
+    """Right of the panel, in the order of the curves, then what line, mark and cross stand for."""
+    handles = [
+        ax.plot([], [], dash, color=style(name)[0], marker=style(name)[1], markeredgecolor="white", label=label)[0]
+        for name, label, dash, _ in drawn
+    ]
+    handles += [
+        Line2D([], [], linestyle="", label=" "),
+        Line2D([], [], color=FAINT, label="line: predicted"),
+        Line2D([], [], color=FAINT, marker="o", linestyle="", label="mark: measured"),
+        Line2D([], [], color=FAINT, marker="X", markeredgecolor=INK, markersize=9, linestyle="", label="cross: failed"),
+    ]
+    many = len(handles) > 16
+    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9 if many else 10,
+              labelspacing=0.3 if many else 0.6)  # fmt: skip

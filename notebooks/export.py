@@ -1,0 +1,55 @@
+"""Tables as Markdown and LaTeX files."""
+
+import os
+from typing import Any
+
+import pandas as pd
+
+from notebooks.plots import ROOT, number, say
+
+
+def publish(frame: pd.DataFrame, name: str, note: str) -> None:
+    """Show a table of texts and write it to results/tables as Markdown and as LaTeX (booktabs)."""
+    folder = ROOT / os.environ.get("ATTENTION_TABLES", "results/tables")
+    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown(frame) + f"\n{note}\n"
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.tex").write_text(latex(frame, note), encoding="utf-8")
+    say(text)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """The frame as a Markdown table, the first column left and the others right."""
+    lines = [list(frame.columns), ["---"] + ["---:"] * (frame.shape[1] - 1), *frame.astype(str).to_numpy().tolist()]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def latex(frame: pd.DataFrame, note: str) -> str:
+    """The frame as a booktabs tabular with its note as caption."""
+    body = "\n".join(" & ".join(map(_escape, line)) + r" \\" for line in frame.astype(str).to_numpy().tolist())
+    head = " & ".join(map(_escape, frame.columns))
+    return (
+        "% needs \\usepackage{booktabs}\n\\begin{table}\n\\centering\n\\caption{" + _escape(note) + "}\n"
+        "\\begin{tabular}{l" + "r" * (frame.shape[1] - 1) + "}\n\\toprule\n" + head + " \\\\\n\\midrule\n" + body
+        + "\n\\bottomrule\n\\end{tabular}\n\\end{table}\n"
+    )  # fmt: skip
+
+
+def _escape(text: str) -> str:
+    for character in ("\\", "%", "_", "&", "#"):
+        text = text.replace(character, r"\textbackslash{}" if character == "\\" else "\\" + character)
+    return text
+
+
+def scaled(count: Any, unit: float, digits: int = 3) -> str:
+    """A count in millions or the like; empty where there is none."""
+    return "" if pd.isna(count) else f"{count / unit:,.{digits}f}"
+
+
+def latency(rows: pd.DataFrame) -> str:
+    """Median and interval in ms of rows of one case; the status if none was timed, empty if there are no rows."""
+    if rows["latency_p50_ms"].isna().all():
+        return str(rows["status"].iloc[0]) if len(rows) else ""
+    low, high = rows["latency_low_ms"].min(), rows["latency_high_ms"].max()
+    interval = "" if pd.isna(low) or pd.isna(high) else f" [{number(low)}, {number(high)}]"
+    return number(rows["latency_p50_ms"].median()) + interval

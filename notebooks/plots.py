@@ -1,0 +1,197 @@
+"""House style, and the way in and out of every notebook: load results, save figures.
+
+Environment variables, all optional; relative paths are taken from the repository's root. Input: ATTENTION_RESULTS,
+the folder of results, and ATTENTION_DEVICE, one of its folders. Output: ATTENTION_FIGURES and ATTENTION_TABLES.
+"""
+
+import functools
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
+
+from profiling.rows import SchemaError
+from profiling.rows import load as load_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+MIB, GIB = 2**20, 2**30
+INK, FAINT = "#222222", "#6b6b6b"
+
+# Okabe-Ito and Tol colours. An attention keeps its pair of colour and marker whatever else is registered.
+STYLES: dict[str, tuple[str, str]] = {
+    "full": ("#D55E00", "o"),
+    "lepe": ("#E69F00", "s"),
+    "bra": ("#0072B2", "D"),
+    "pseudo_conv": ("#000000", "P"),
+    "window": ("#009E73", "^"),
+    "axial": ("#CC79A7", "v"),
+    "shifted_window": ("#117733", "<"),
+    "criss_cross": ("#882255", ">"),
+    "cross_shaped": ("#AA4499", "p"),
+    "dilated": ("#999933", "h"),
+    "block_grid": ("#44AA99", "d"),
+    "spatially_separable": ("#332288", "8"),
+    "pooled": ("#CC6677", "*"),
+    "neighborhood": ("#56B4E9", "H"),
+    "deformable": ("#661100", "o"),
+    "quadtree": ("#6699CC", "s"),
+    "linear": ("#888888", "^"),
+}
+OTHERS = [(colour, marker) for colour in ("#A6761D", "#7570B3", "#E7298A", "#5A5A5A") for marker in "D<>pHd8"]
+DASHES = ("-", "--", ":", "-.")
+VARIANTS = ("impl_requested", "compiled", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win", "topk")
+"""Columns that make lines of their own of one attention's rows, if they differ."""
+SHARED = {"impl_requested": "impl", "dtype": "", "batch": "batch", "dim": "dim", "n_win": "n_win", "topk": "topk",
+          "window_size": "window_size", "torch": "PyTorch"}  # fmt: skip
+"""What a caption states if all rows share it, and in which words."""
+
+sns.set_theme(style="ticks", context="notebook")
+plt.rcParams.update(
+    {
+        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4",
+        "grid.linewidth": 0.7, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.labelsize": 11,
+        "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.frameon": False, "legend.fontsize": 10,
+        "text.color": INK, "axes.labelcolor": INK, "figure.dpi": 80,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Results:
+    """The rows of one device.
+
+    Attributes:
+        rows: of all its sweeps.
+        missing: sweeps that a figure wanted and that have no rows.
+    """
+
+    rows: pd.DataFrame
+    missing: set[str] = field(default_factory=set)
+
+    def sweep(self, name: str) -> pd.DataFrame:
+        """The rows of one sweep."""
+        return self.rows[self.rows["sweep"] == name]
+
+
+def load() -> Results:
+    """Read the results of one device: the one asked for, else the first with a GPU, else the first. Says which."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / os.environ.get("ATTENTION_RESULTS", "results")).glob("*/*.csv")):
+        if path.name != "peaks.csv":
+            files.setdefault(path.parent.name, []).append(path)
+    tables = {}
+    for folder, paths in files.items():
+        try:
+            tables[folder] = load_rows(*paths)
+        except SchemaError as problem:
+            say(f"Folder `{folder}` is left out: {problem}. `python run_all.py --fresh` starts it anew.")
+    if not tables:
+        say("There are no results of any device here.")
+        return Results(load_rows())
+    chosen = os.environ.get("ATTENTION_DEVICE") or _preferred(tables)
+    if chosen not in tables:
+        raise ValueError(f"ATTENTION_DEVICE={chosen!r} has no results; valid: {', '.join(tables)}")
+    others = [folder for folder in tables if folder != chosen]
+    rest = f" Also there: {', '.join(others)}; `ATTENTION_DEVICE` chooses." if others else ""
+    say(f"Device: **{' and '.join(tables[chosen]['device_name'].unique())}**, folder `{chosen}`.{rest}")
+    return Results(tables[chosen])
+
+
+def _preferred(tables: dict[str, pd.DataFrame]) -> str:
+    on_gpu = [folder for folder, rows in tables.items() if (rows["device"] == "cuda").any()]
+    return (on_gpu or list(tables))[0]
+
+
+def needs(sweep: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For functions of Results: without rows of the sweep, do nothing but say, once, which command makes them."""
+
+    def decorate(draw: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(draw)
+        def drawn(results: Results, *arguments: Any, **options: Any) -> Any:
+            if not results.sweep(sweep).empty:
+                return draw(results, *arguments, **options)
+            if sweep not in results.missing:
+                results.missing.add(sweep)
+                say(
+                    f"No rows of the `{sweep}` sweep: run `python run_all.py --only {sweep}`, then this notebook again."
+                )
+            return None
+
+        return drawn
+
+    return decorate
+
+
+def say(*paragraphs: str) -> None:
+    """Show Markdown; several paragraphs become a list."""
+    if paragraphs:
+        text = "\n".join(f"- {text}" for text in paragraphs) if len(paragraphs) > 1 else paragraphs[0]
+        display(Markdown(text))
+
+
+def style(name: str) -> tuple[str, str]:
+    """Colour and marker of an attention: always the same, also for a name that is not known here."""
+    return STYLES.get(name) or OTHERS[zlib.crc32(name.encode()) % len(OTHERS)]
+
+
+def series(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+    """Name, label, line style and rows of each line: an attention, apart by what VARIANTS its rows differ in.
+
+    A label names what is not the most common value, which the caption states.
+    """
+    differing = [column for column in VARIANTS if rows[column].nunique() > 1]
+    common = {column: rows[column].mode().iloc[0] for column in differing}
+    for name, of_name in rows.groupby("name", sort=False):
+        parts = of_name.groupby(differing, sort=False, dropna=False) if differing else [((), of_name)]
+        for number, (values, part) in enumerate(parts):
+            pairs = zip(differing, values, strict=True)
+            words = [_word(column, value) for column, value in pairs if pd.notna(value) and value != common[column]]
+            yield str(name), f"{name} ({', '.join(words)})" if words else str(name), DASHES[number % len(DASHES)], part
+
+
+def _word(column: str, value: Any) -> str:
+    if column in ("compiled", "deterministic"):
+        return column if value else f"not {column}"
+    return str(value) if column in ("impl_requested", "dtype") else f"{column} {value}"
+
+
+def number(value: float) -> str:
+    """Three digits without an exponent: 0.450, 5.10, 1,234."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, to three digits: 1.5 GiB."""
+    for unit, factor in (("TiB", 2**40), ("GiB", GIB), ("MiB", MIB)):
+        if count >= 0.9995 * factor:
+            return f"{count / factor:{'.0f' if count >= 100 * factor else '.3g'}} {unit}"
+    return f"{count / 2**10:.3g} KiB"
+
+
+def caption(fig: Figure, rows: pd.DataFrame, note: str = "", labelled: bool = False) -> None:
+    """Device, date and what the rows share (or, if labels tell the rest, mostly share), small, below the figure."""
+    started = rows["started_at"].dropna().astype(str).str[:10]
+    dates = " to ".join(sorted({started.min(), started.max()})) if len(started) else "date not recorded"
+    parts = [*rows["device_name"].unique(), dates]
+    for column, label in SHARED.items():
+        values = rows[column].dropna()
+        if values.nunique() == 1 or (labelled and column in VARIANTS and len(values)):
+            parts.append(f"{label} {values.mode().iloc[0]}".strip() + " unless labelled" * (values.nunique() > 1))
+    fig.supxlabel("; ".join(parts) + f".\n{note}".rstrip("\n"), x=0.01, ha="left", fontsize=8, color=FAINT)
+
+
+def save(fig: Figure, name: str) -> Figure:
+    """Write the figure to results/figures; returned, so that a notebook shows it."""
+    folder = ROOT / os.environ.get("ATTENTION_FIGURES", "results/figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    fig.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", pad_inches=0.12, facecolor="white")
+    plt.close(fig)
+    return fig
