@@ -44,5 +44,5 @@ class AxialAttention(Attention):
         n = height * width
         return Macs(projection=8 * n * self.dim**2, attention=2 * n * (height + width) * self.dim)
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         return height + width

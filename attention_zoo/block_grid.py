@@ -67,5 +67,5 @@ class BlockGridAttention(Attention):
     def macs(self, height: int, width: int) -> Macs:
         return self.block.macs(height, width) + self.grid.macs(height, width)
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         return self.block.kv_tokens_per_query(height, width) + self.grid.kv_tokens_per_query(height, width)

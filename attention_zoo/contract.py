@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Impl = Literal["auto", "reference", "sdpa"]
+Impl = Literal["auto", "reference", "sdpa", "flex"]
 
 
 class InvalidOption(ValueError):
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         """The analytic cost of one forward pass on a ``height x width`` grid, batch 1."""
         raise NotImplementedError(f"{type(self).__name__} declares no analytic cost")
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         """How many key tokens one query attends to (the mean over queries where it varies)."""
         raise NotImplementedError(f"{type(self).__name__} declares no key count")
 

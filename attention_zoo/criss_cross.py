@@ -97,5 +97,5 @@ class CrissCrossAttention(Attention):
             attention=n * (height + width) * (self.qk_dim + self.dim),
         )
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         return self.recurrence * (height + width - 1)

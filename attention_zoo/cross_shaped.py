@@ -18,9 +18,9 @@ class CrossShapedAttention(Attention):
     """Heads in two halves: the first attends within horizontal stripes, the second within vertical ones.
 
     Each half adds a locally-enhanced position encoding: a 3x3 depthwise convolution of its values that does not
-    look beyond the stripe (eq. 7). A grid that stripe_width does not divide is padded after the projection and
+    look beyond the stripe. A grid that stripe_width does not divide is padded after the projection and
     padding is masked out: the last stripe is narrower, and its convolution reads zeros beyond. The order
-    of the halves is the paper's (eq. 3); its code has them the other way round. With one stripe over the whole
+    of the halves is the paper's; its code has them the other way round. With one stripe over the whole
     grid the publication runs all heads as one; here the halves then do the same in two calls.
 
     Args:
@@ -31,7 +31,7 @@ class CrossShapedAttention(Attention):
         InvalidOption: num_heads is odd.
     """
 
-    citation = "Dong et al., CSWin Transformer, CVPR 2022, eq. 1 to 3 (attention) and eq. 7 (LePE)"
+    citation = "Dong et al., CSWin Transformer, CVPR 2022, section 3.2 (H-Attention, V-Attention, LePE)"
     impls = ("reference", "sdpa")
     smallest = {"stripe_width": 2}
 
@@ -91,5 +91,5 @@ class CrossShapedAttention(Attention):
             local_conv=sum(9 * tokens * half for tokens in padded),
         )
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         return sum(stripes.mean_keys() for stripes in self.stripes(height, width)) / 2

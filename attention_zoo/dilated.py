@@ -14,14 +14,14 @@ class DilatedWindowAttention(WindowAttention):
     The windows do not overlap: along each axis a token at position (i * window_size + j) * dilation + r, with
     j < window_size and r < dilation, attends to the tokens of equal i and r. This is the sampling at a fixed
     interval of CrossFormer's long-distance attention (section 3.2) over windows of bounded size, and in
-    one dimension LongNet's dilated segments (2023, eq. 4 to 6) with all offsets r; CrossFormer itself lets a
+    one dimension LongNet's dilated segments (2023) with all offsets r; CrossFormer itself lets a
     group reach over the whole grid, so that its size grows with the grid. DilateFormer (TMM 2023) centres a
     dilated window on each query instead; such sliding windows overlap and hold different keys for each query.
     Choices: no position bias (CrossFormer learns one by an MLP), the same dilation for all heads and both axes.
 
     Args:
-        window_size: tokens per side of a window.
         dilation: distance of neighbours within a window, in tokens; 1 is ``window``.
+        window_size: tokens per side of a window.
         qkv_bias: whether the qkv projection has a bias.
     """
 
@@ -34,8 +34,8 @@ class DilatedWindowAttention(WindowAttention):
         num_heads: int,
         impl: Impl = "auto",
         *,
-        window_size: AtLeast1 = 7,
         dilation: AtLeast1 = 2,
+        window_size: AtLeast1 = 7,
         qkv_bias: bool = True,
     ) -> None:
         super().__init__(dim, num_heads, impl, window_size=window_size, qkv_bias=qkv_bias)

@@ -42,5 +42,5 @@ class FullAttention(Attention):
         n = height * width
         return Macs(projection=4 * n * self.dim**2, attention=2 * n**2 * self.dim)
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         return height * width

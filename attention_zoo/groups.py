@@ -51,8 +51,7 @@ class Groups:
     def cut(self, x: Shaped[Tensor, "b h w d"]) -> Shaped[Tensor, "b p n d"]:
         """Pad and cut a grid into groups; groups and the tokens of each are in row-major order."""
         x = regions.pad_to_multiple(x, *self.reach)
-        if any(self.shift):
-            x = x.roll((-self.shift[0], -self.shift[1]), dims=(1, 2))
+        x = _roll(x, -self.shift[0], -self.shift[1])
         (y, z), (r, s) = self.size, self.dilation
         return rearrange(x, "b (i y r) (j z s) d -> b (i j r s) (y z) d", y=y, z=z, r=r, s=s)
 
@@ -60,9 +59,7 @@ class Groups:
         """Undo :meth:`cut`."""
         (y, z), (r, s), rows = self.size, self.dilation, self.padded[0] // self.reach[0]
         x = rearrange(tokens, "b (i j r s) (y z) d -> b (i y r) (j z s) d", i=rows, y=y, z=z, r=r, s=s)
-        if any(self.shift):
-            x = x.roll(self.shift, dims=(1, 2))
-        return regions.crop(x, self.height, self.width)
+        return regions.crop(_roll(x, *self.shift), self.height, self.width)
 
     def mask(self, like: Tensor) -> Float[Tensor, "p 1 q k"] | Float[Tensor, "p 1 1 k"] | None:
         """To be added to scores: -inf where a query and a key must not meet; None if all may."""
@@ -94,3 +91,9 @@ class Groups:
         step, reach, shift = self.dilation[axis], self.reach[axis], self.shift[axis]
         members = Counter(((at - shift) // reach, (at - shift) % step) for at in range(length))
         return sum(count**2 for count in members.values()) / length
+
+
+def _roll(x: Shaped[Tensor, "b h w d"], down: int, right: int) -> Shaped[Tensor, "b h w d"]:
+    # Axis by axis, as PyTorch does within one call, so that the copy in between can be seen from outside.
+    x = x.roll(down, dims=1) if down else x
+    return x.roll(right, dims=2) if right else x

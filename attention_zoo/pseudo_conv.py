@@ -32,7 +32,7 @@ class PseudoConv(Attention):
         n = height * width
         return Macs(projection=2 * n * self.dim**2, local_conv=25 * n * self.dim)
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         return _mean_overlap(height, 5) * _mean_overlap(width, 5)
 
 

@@ -78,7 +78,8 @@ class WindowAttention(Attention):
         if self.relative_position_bias_table is None:
             return mask
         index = relative_index(self.window_size, like.device)
-        bias = rearrange(self.relative_position_bias_table[index], "q k m -> m q k").to(like.dtype)
+        # Contiguous, as published: fused attention would copy it once per window.
+        bias = rearrange(self.relative_position_bias_table[index], "q k m -> m q k").to(like.dtype).contiguous()
         return bias if mask is None else mask + bias
 
     def macs(self, height: int, width: int) -> Macs:
@@ -88,7 +89,7 @@ class WindowAttention(Attention):
             attention=2 * padded * self.window_size**2 * self.dim,
         )
 
-    def kv_tokens_per_query(self, height: int, width: int) -> float:
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
         return self.groups(height, width).mean_keys()
 
 
