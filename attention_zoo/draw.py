@@ -96,7 +96,7 @@ def gallery(picture: Float[Tensor, "3 h w"], query: tuple[int, int], path: str |
     from matplotlib.figure import Figure
 
     chosen = names()
-    columns = min(6, max(3, math.ceil(math.sqrt(len(chosen)))))
+    columns = min(6, max(3, math.ceil(math.sqrt(1.5 * len(chosen)))))
     rows = math.ceil(len(chosen) / columns)
     figure = Figure(figsize=(2.1 * columns, 2.3 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
@@ -112,7 +112,10 @@ def gallery(picture: Float[Tensor, "3 h w"], query: tuple[int, int], path: str |
 
 
 FAINTEST = 1e-5
-SHOWN: dict[str, dict[str, Any]] = {"bra": {"n_win": 7, "topk": 4, "side_dwconv": 0}}
+SHOWN: dict[str, dict[str, Any]] = {
+    "bra": {"n_win": 7, "topk": 4, "side_dwconv": 0},
+    "criss_cross": {"recurrence": 1},
+}
 """Options of the pictures where the defaults do not show the structure."""
 
 
