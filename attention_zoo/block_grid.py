@@ -43,6 +43,7 @@ class BlockGridAttention(Attention):
 
     citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022, section 3.2"
     impls = ("reference", "sdpa")
+    exponent = 1
     smallest = {"window_size": 2, "grid_size": 2}
 
     def __init__(

@@ -40,6 +40,7 @@ class CrissCrossAttention(Attention):
     """
 
     citation = "Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019, section 3.2, eq. 1, 2"
+    exponent = 1.5
     smallest = {"recurrence": 1}
 
     def __init__(

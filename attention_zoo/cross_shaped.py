@@ -33,6 +33,7 @@ class CrossShapedAttention(Attention):
 
     citation = "Dong et al., CSWin Transformer, CVPR 2022, section 3.2 (H-Attention, V-Attention, LePE)"
     impls = ("reference", "sdpa")
+    exponent = 1.5
     smallest = {"stripe_width": 2}
 
     def __init__(

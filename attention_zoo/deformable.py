@@ -47,6 +47,7 @@ class DeformableAttention(Attention):
 
     citation = "Xia et al., Vision Transformer with Deformable Attention, CVPR 2022, section 3.2, eq. 4-8"
     impls = ("reference", "sdpa")
+    exponent = 2
     smallest = {"stride": 2, "offset_kernel": 3}
 
     def __init__(

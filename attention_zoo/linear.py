@@ -27,6 +27,7 @@ class LinearAttention(Attention):
 
     citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020, eq. 4-7"
     impls = ("reference",)
+    exponent = 1
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = True) -> None:
         super().__init__(dim, num_heads, impl)

@@ -31,6 +31,7 @@ class NeighborhoodAttention(Attention):
 
     citation = "Hassani et al., Neighborhood Attention Transformer, CVPR 2023, section 3.1, eq. 2-4"
     impls = ("reference", "sdpa", "flex")
+    exponent = 1
     smallest = {"kernel_size": 3}
 
     def __init__(
@@ -57,7 +58,7 @@ class NeighborhoodAttention(Attention):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         impl, qkv, table = self.chosen_impl(x), self.qkv(x), self.relative_position_bias_table
-        if impl == "flex":
+        if impl == "flex" and not x.is_meta:
             mixed = neighborhood_flex.attend(qkv, self.num_heads, self.kernel_size, self.scale, table)
         else:
             mixed = self._gathered(qkv, impl)
@@ -65,7 +66,10 @@ class NeighborhoodAttention(Attention):
 
     def unsupported(self, impl: str, x: Tensor) -> str | None:
         """Why ``impl`` cannot run on ``x``."""
-        return neighborhood_flex.unsupported(x, self.dim // self.num_heads) if impl == "flex" else None
+        # On shapes alone its products are counted as gathered ones: they are the same.
+        if impl != "flex" or (x.is_meta and self.impl == "flex"):
+            return None
+        return neighborhood_flex.unsupported(x, self.dim // self.num_heads)
 
     def _gathered(self, qkv: Float[Tensor, "b h w threec"], impl: str) -> Float[Tensor, "b h w c"]:
         height, width = qkv.shape[1:3]

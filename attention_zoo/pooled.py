@@ -36,6 +36,7 @@ class PooledAttention(Attention):
 
     citation = "Wang et al., Pyramid Vision Transformer, ICCV 2021, section 3.3, eq. 1-4; avg: PVT v2, CVMJ 2022"
     impls = ("reference", "sdpa")
+    exponent = 2
     smallest = {"sr_ratio": 2, "pool_size": 2}
 
     def __init__(

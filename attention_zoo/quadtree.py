@@ -42,6 +42,7 @@ class QuadtreeAttention(Attention):
 
     citation = "Tang et al., QuadTree Attention for Vision Transformers, ICLR 2022, section 3.3, QuadTree-B"
     impls = ("reference", "sdpa")
+    exponent = 2
     smallest = {"levels": 2, "topk": 2}
 
     def __init__(

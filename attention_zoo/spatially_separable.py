@@ -27,6 +27,7 @@ class SpatiallySeparableAttention(Attention):
 
     citation = "Chu et al., Twins, NeurIPS 2021, section 3.2 (Twins-SVT: LSA, then GSA)"
     impls = ("reference", "sdpa")
+    exponent = 2
     smallest = {"window_size": 2, "sr_ratio": 2}
 
     def __init__(

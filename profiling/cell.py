@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attention_zoo import load_plugin
+from attention_zoo import Unsupported, load_plugin
 from profiling import agreement, environment, latency, macs, memory, trace
 from profiling.case import Case
 from profiling.rows import agree
@@ -84,6 +84,7 @@ def measure(job: Job) -> dict[str, Any]:
         if not found.ok:
             return columns | {"status": "incorrect", "reason": f"{found.where} is off by {found.error:.2g}"}
     work = case.workload(case.device)
+    columns |= {"impl": case.implementation(work)}
     columns |= measure_workload(work, case.device, job.patience, case.compiled)
     return columns | {"macs_fvcore": None if case.compiled else _fvcore(work)}
 
@@ -161,7 +162,11 @@ def _fvcore(work: Workload) -> int | None:
 
 
 def _predicted(work: Workload, device: str) -> int | None:
-    return memory.predict(work, device).peak if memory.predictable(work, device) else None
+    try:
+        return memory.predict(work, device).peak if memory.predictable(work, device) else None
+    except Unsupported:
+        # Runs on the device only, so that nothing can follow its allocations here.
+        return None
 
 
 def _declared(module: nn.Module, method: str, case: Case) -> Any:

@@ -66,7 +66,7 @@ def bound(call: Call) -> int:
         sizes = [torch.Size(a.shape).numel() * a.dtype.itemsize for a in call.args if isinstance(a, Spec)]
         weight = sizes[-1] if call.func is _aten.convolution_backward.default else sizes[1]
         return 4 * sum(sizes) + 300 * weight
-    return torch.get_num_threads() * (16 << 20)
+    return torch.get_num_threads() * (16 << 20) + _copied(call)
 
 
 @cache
@@ -74,9 +74,24 @@ def scratch(call: Call) -> int:
     """Bytes that the call's kernel allocates beyond what it leaves allocated."""
     points = [(size, _probe(call.func, args, kwargs)) for size, args, kwargs in _SHRINK[call.func](call)]
     if len(points) == 1:
-        return points[0][1]
+        return points[0][1] + _copied(call)
     (n1, s1), (n2, s2) = points
     return round(s2 + (s2 - s1) / (n2 - n1) * (_pixels(call) - n2))
+
+
+def _copied(call: Call) -> int:
+    """Bytes of the output gradient if fused attention copies it: unless it lies as (batch, tokens, heads, channels).
+
+    It is the one part of the scratch of that kernel that grows with the batch, so no probe shows it.
+    """
+    if call.func is not _aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return 0
+    grad, dense = call.args[0], 1
+    for axis in (3, 1, 2, 0):
+        if grad.shape[axis] > 1 and grad.stride[axis] != dense:
+            return torch.Size(grad.shape).numel() * grad.dtype.itemsize
+        dense *= grad.shape[axis]
+    return 0
 
 
 def memory_events(profiler: profile) -> list[int]:
