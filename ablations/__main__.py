@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     parser = Parser(prog="python -m ablations", epilog=EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    command = commands.add_parser("compare", help="FASTER, SAME, SLOWER or AMBIGUOUS, cell by cell")
+    command = commands.add_parser("compare", help="FASTER, SAME, SLOWER or AMBIGUOUS, cell by cell", epilog=EXAMPLES)
     command.add_argument("a", type=Path, metavar="A", help="results folder or CSV: the run to compare with")
     command.add_argument("b", type=Path, metavar="B", help="results folder or CSV: the run to judge")
     command.add_argument("--markdown", action="store_true", help="print Markdown, for a pull request")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -86,7 +87,7 @@ def _dry_run(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
         for case, columns, verdict in launcher.plan(sweep):
             size = columns.get("memory_predicted_bytes")
             will = columns.get("reason") or verdicts[verdict]
-            table.add_row(str(case), "" if size is None else f"{size / 2**20:,.1f}", will)
+            table.add_row(escape(str(case)), "" if size is None else f"{size / 2**20:,.1f}", escape(will))
             cells += 1
         console.print(table)
     print(f"{cells} cells on {launcher.facts['device_name']}, {launcher.available / 2**30:.1f} GiB free")

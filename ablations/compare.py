@@ -1,7 +1,7 @@
 """Two runs side by side: what got faster or slower, by intervals; what else changed, exactly.
 
-A cell's interval spans its quartiles over all its replicates. Medians are not enough: on one machine, two runs
-of one program differ by more than the interval of the median within either.
+A cell's interval goes from the lower to the upper quartile of its samples. Medians are not enough: on one
+machine, two runs of one program differ by more than the interval of the median within either.
 """
 
 from collections.abc import Sequence
@@ -125,11 +125,15 @@ def markdown(found: Comparison) -> str:
 
 
 def _by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per case, over its replicates: widest quartiles, median of medians, worst status."""
+    """One row per case, over its replicates: medians of the quartiles and of the median, worst status.
+
+    Not the widest quartiles: with every further replicate these would hide larger changes.
+    """
     names = [_named(values) for values in rows[CASE].itertuples(index=False, name=None)]
     rows = rows.assign(case=names, rank=rows["status"].map(WORSE))
-    how = {"latency_p25_ms": "min", "latency_p50_ms": "median", "latency_p75_ms": "max", "rank": "max"}
-    return rows.groupby("case", sort=False).agg(how | {column: "first" for column in EXACT})
+    how = {"latency_p25_ms": "median", "latency_p50_ms": "median", "latency_p75_ms": "median", "rank": "max"}
+    # As objects: else a row of it, taken out, would turn whole numbers into floats.
+    return rows.groupby("case", sort=False).agg(how | {column: "first" for column in EXACT}).astype(object)
 
 
 def _named(values: tuple[object, ...]) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,10 @@ def _one_line(problem: BaseException) -> str:
 
 
 def _die_with_parent() -> None:
+    """Have the system kill this process when the run that asked for it dies."""
+    # The server lives until the last copy of this descriptor is closed: children would keep it, and it them, alive.
+    with suppress(AttributeError, OSError, TypeError):
+        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -271,7 +271,9 @@ def _converted(column: pd.Series, kind: str) -> pd.Series:
     if kind == "boolean":
         return column.map({"True": True, "False": False}.__getitem__, na_action="ignore").astype("boolean")
     if kind == "int64":
-        return column.map(int, na_action="ignore").astype("Int64")
+        # By way of a list: pandas would take a column with gaps through floats, and lose digits.
+        whole = [pd.NA if pd.isna(value) else int(value) for value in column]
+        return pd.Series(pd.array(whole, dtype="Int64"), index=column.index)
     return column.map(float, na_action="ignore").astype("float64") if kind == "float64" else column
 
 

@@ -1,0 +1,421 @@
+"""The command lines: bad input is one line and exit status 2, good input a page or JSON, and nothing is a traceback."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+import profiling.__main__ as profiler
+from ablations import command
+from ablations.__main__ import main as work_on_results
+from ablations.launch import Launcher, Settings
+from ablations.sweep import discover
+from attention_zoo import MODELS, InvalidOption, names, options, registry
+from profiling import environment, isolation, page
+from profiling.case import Case
+from profiling.rows import COLUMNS
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUGINS = ROOT / "tests" / "plugins"
+SMALL = ("--height", "8", "--width", "8", "--dim", "8", "--num-heads", "2", "--n-win", "2", "--topk", "1")
+Main = Callable[[Sequence[str]], int]
+MAINS: dict[str, Main] = {
+    "profiling": profiler.main,
+    "run_all": lambda arguments: command.main(list(arguments)),
+    "ablations": work_on_results,
+}
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take back what plugins register."""
+    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+    yield
+    for module in [name for name in sys.modules if name.startswith("attention_plugin_")]:
+        del sys.modules[module]
+
+
+def outcome(main: Main, arguments: Sequence[str]) -> int:
+    """The exit status, also where argparse leaves by SystemExit as after --help."""
+    try:
+        return main(list(arguments))
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+
+
+def refused(capsys: pytest.CaptureFixture[str], which: str, *arguments: str) -> str:
+    """The one line on stderr with which a command line is refused."""
+    assert outcome(MAINS[which], arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("error: ") and told.err.endswith("\n")
+    assert told.err.count("\n") == 1 and "Traceback" not in told.err
+    return told.err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("which", "arguments", "told"),
+    [
+        ("profiling", "--attention none", "unknown attention 'none'; valid: .*bra, .*full, .*window"),
+        ("profiling", "--attention=", "unknown attention ''; valid: .*bra"),
+        ("profiling", "--block none", "unknown attention 'none'; valid: .*bra"),
+        ("profiling", "--model none", "unknown model 'none'; valid: biformer_tiny, .*biformer_stl"),
+        ("profiling", "--model=", "unknown model ''; valid: biformer_tiny"),
+        ("profiling", "--model biformer_tiny --attention bra", "not allowed with argument"),
+        ("profiling", "--window-size 7", "unrecognized arguments: --window-size 7; valid: .*--n-win, --topk"),
+        (
+            "profiling",
+            "--attention window --topk 4",
+            "unrecognized arguments: --topk 4; valid: .*--window-size, --shift",
+        ),
+        ("profiling", "--heigth 14", "unrecognized arguments: --heigth 14; valid: .*--height"),
+        ("profiling", "bra", "unrecognized arguments: bra"),
+        ("profiling", "--topk x", "--topk: topk='x' is not valid; valid: an integer >= 1"),
+        ("profiling", "--topk 0", "--topk: topk='0' is not valid; valid: an integer >= 1"),
+        ("profiling", "--kv-downsample-mode max", "'max' is not valid; valid: identity, avgpool, .*fracpool, conv"),
+        ("profiling", "--auto-pad maybe", "'maybe' is not valid; valid: true, false"),
+        ("profiling", "--topk 50", r"topk=50 exceeds the 49 regions of n_win=7; valid: 1 to 49"),
+        ("profiling", "--dim 63", "dim=63 is not divisible by num_heads=2; valid num_heads: 1, 3, 7, 9, 21, 63"),
+        ("profiling", "--height 55", "n_win=7 does not divide the 55 x 56 grid; pass auto_pad=True"),
+        ("profiling", "--height 55 --mode forward_backward --json", "n_win=7 does not divide the 55 x 56 grid"),
+        ("profiling", "--n-win auto --topk 4000 --height 14", "n_win='auto': no common divisor"),
+        ("profiling", "--height 0", "height=0 is not valid; valid: an integer from 1 to 65536"),
+        ("profiling", "--width -3", "width=-3 is not valid; valid: an integer from 1 to"),
+        ("profiling", "--batch 99999999999999999999", "batch=9+ is not valid; valid: an integer from 1 to"),
+        ("profiling", "--dim 0", "dim=0 is not valid; valid: an integer from 1 to"),
+        ("profiling", "--seed 99999999999999999999", "seed=9+ is not valid; valid: an integer from 0 to"),
+        ("profiling", "--height 1e3", "--height: '1e3' is not an integer"),
+        ("profiling", "--height", "--height: expected one argument"),
+        ("profiling", "--impl fast", "--impl: invalid choice: 'fast' .*auto.*reference"),
+        ("profiling", "--attention pseudo_conv --impl sdpa", "--impl: invalid choice: 'sdpa' .*auto.*reference"),
+        ("profiling", "--mode train", "--mode: invalid choice: 'train' .*forward.*forward_backward"),
+        ("profiling", "--dtype fp8", "--dtype: invalid choice: 'fp8' .*fp64.*fp16"),
+        ("profiling", "--device tpu", "--device: invalid choice: 'tpu' .*cpu.*cuda"),
+        ("profiling", "--trace /dev/null/x", "--trace /dev/null/x: no permission to write there"),
+        ("profiling", "--plugin none.py", "plugin .*none.py: not a Python file"),
+        ("profiling", f"--plugin {'x' * 300}", "File name too long"),
+        ("profiling", f"--plugin {PLUGINS / 'faults.py'} --attention fault_flags", "option 'mode' .* taken: .*--mode"),
+        ("run_all", "--only none", "unknown sweep 'none'; valid: .*kv_downsample, .*models, .*resolution, .*topk"),
+        ("run_all", "--only topk,none", "unknown sweep 'none'; valid: .*topk"),
+        ("run_all", "--only=", "--only names no sweep; valid: .*topk"),
+        ("run_all", "--device tpu", "--device: invalid choice: 'tpu' .*cpu.*cuda.*auto"),
+        ("run_all", "--smok", "unrecognized arguments: --smok; valid: .*--smoke"),
+        ("run_all", "topk", "unrecognized arguments: topk"),
+        ("run_all", "--results /dev/null/x", "--results /dev/null/x: /dev/null is not a folder"),
+        ("run_all", f"--results {'x' * 300}", "File name too long"),
+        ("run_all", "--results /proc/x --only topk", "/proc/x"),
+        ("run_all", "--plugin none.py --list", "plugin .*none.py: not a Python file"),
+        ("ablations", "", "COMMAND"),
+        ("ablations", "contrast a b", "invalid choice: 'contrast' .*compare"),
+        ("ablations", "compare a", "the following arguments are required: B"),
+        ("ablations", "compare none.csv none.csv", "none.csv: no results there; give a results folder or a CSV"),
+        ("ablations", f"compare {ROOT / 'README.md'} none", "README.md"),
+    ],
+)
+def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], which: str, arguments: str, told: str) -> None:
+    assert re.search(told, refused(capsys, which, *arguments.split()))
+
+
+@pytest.mark.parametrize("which", ["profiling", "run_all"])
+def test_cuda_without_cuda(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: False)
+    assert re.search("--device cuda: no CUDA device .*; valid here: cpu", refused(capsys, which, "--device", "cuda"))
+
+
+PLUGIN = "from torch import nn\nfrom attention_zoo import register\n@register({name!r})\nclass Mine(nn.Module): pass\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("def broken(:\n", "SyntaxError"),
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise RuntimeError('two\\nlines [/red]')\n", r"RuntimeError: two lines \[/red\]"),
+        ("x = 1\n", "registers no attention; decorate a class with @register"),
+        (PLUGIN.format(name="bra"), "'bra' is already registered; taken names: .*full"),
+        ("", "registers no attention"),
+    ],
+)
+@pytest.mark.parametrize("which", ["profiling", "run_all"])
+def test_a_plugin_that_is_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, which: str, source: str, told: str
+) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(source)
+    before = names()
+    assert re.search(f"plugin {plugin}: .*{told}", refused(capsys, which, "--plugin", str(plugin)))
+    assert names() == before
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2", b"", b"model,published_params\n"], ids=["torn", "empty", "foreign"])
+@pytest.mark.parametrize("fresh", [False, True], ids=["", "fresh"])
+def test_results_of_another_schema_are_left_alone(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes, fresh: bool
+) -> None:
+    folder = Launcher(Settings(results=tmp_path)).folder
+    folder.mkdir()
+    (folder / "kv_downsample.csv").write_text(",".join(COLUMNS) + "\n")
+    (folder / "topk.csv").write_bytes(content or b"\x00")
+    before = contents(tmp_path)
+    flags = ["--fresh"] if fresh else []
+    told = refused(
+        capsys, "run_all", "--device", "cpu", "--only", "kv_downsample,topk", "--results", str(tmp_path), *flags
+    )
+    assert "topk.csv" in told
+    after = contents(tmp_path)
+    assert {path: after[path] for path in before} == before
+    assert set(after) - set(before) <= {str(folder / "run.lock")}
+
+
+def test_a_results_folder_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for path in (file, file / "below"):
+        assert f"{file} is not a folder" in refused(capsys, "run_all", "--results", str(path))
+    assert file.read_text() == "mine"
+
+
+def test_a_trace_that_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--trace /proc/x: " in refused(capsys, "profiling", *SMALL, "--trace", "/proc/x")
+
+
+@pytest.mark.parametrize(
+    ("which", "arguments", "told"),
+    [
+        ("profiling", ("--help",), "python -m profiling --attention bra --height 56"),
+        ("profiling", ("--attention", "bra", "--help"), "options of bra:"),
+        ("profiling", ("--attention", "window", "-h"), "--window-size"),
+        ("profiling", ("--model", "biformer_tiny", "--help"), "options of bra inside the model"),
+        ("profiling", ("--plugin", str(PLUGINS / "plain.py"), "--attention", "plain", "--help"), "options of plain:"),
+        ("run_all", ("--help",), "python run_all.py --only resolution --dry-run"),
+        ("ablations", ("--help",), "python -m ablations compare results/"),
+        ("ablations", ("compare", "--help"), "python -m ablations compare results/"),
+    ],
+)
+def test_help_helps(capsys: pytest.CaptureFixture[str], which: str, arguments: tuple[str, ...], told: str) -> None:
+    assert outcome(MAINS[which], arguments) == 0
+    shown = capsys.readouterr()
+    assert told in shown.out and "examples:" in shown.out and shown.err == ""
+
+
+def test_help_names_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome(profiler.main, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for name in (*names(), *MODELS):
+        assert name in shown
+    for name, option in options("bra").items():
+        assert f"--{name.replace('_', '-')}" in shown and f"(default: {option.default})" in shown
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_attention_has_help(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert outcome(profiler.main, ["--attention", name, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in options(name).values():
+        assert f"--{option.name.replace('_', '-')}" in shown and option.describe() in shown
+
+
+def test_the_commands_run_as_programs() -> None:
+    for arguments in (["-m", "profiling", "--attention", "none"], ["run_all.py", "--only", "none"]):
+        run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 2 and run.stdout == ""
+        assert run.stderr.startswith("error: unknown ") and run.stderr.count("\n") == 1
+
+
+def test_the_list_of_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    for name, sweep in discover().items():
+        assert f"{name}: {sweep.question}\n    expect: {sweep.expect}\n" in shown
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    isolation.start()
+
+
+def test_json_holds_the_row(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profiler.main([*SMALL, "--kv-downsample-mode", "avgpool", "--kv-downsample-ratio", "2", "--json"]) == 0
+    shown = capsys.readouterr()
+    row = json.loads(shown.out)
+    assert shown.err == ""
+    assert set(row) <= {*COLUMNS, "heaviest_operators"}
+    assert (row["name"], row["height"], row["n_win"], row["topk"]) == ("bra", 8, 2, 1)
+    assert (row["kv_downsample_mode"], row["kv_downsample_ratio"]) == ("avgpool", 2)
+    assert row["status"] == "ok" and row["macs_agree"] and row["macs_counted"] == row["macs_analytic"]
+    # 4 x 4 tokens of a region, halved per side, from 1 region.
+    assert row["kv_tokens_per_query"] == 4
+    assert row["memory_predicted_bytes"] == row["memory_peak_bytes"] > row["memory_base_bytes"]
+    assert 0 < row["latency_low_ms"] <= row["latency_p50_ms"] <= row["latency_high_ms"]
+    assert 1 <= len(row["heaviest_operators"]) <= 10
+
+
+def test_the_page_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profiler.main([*SMALL, "--mode", "forward_backward"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == "" and "\x1b" not in shown.out
+    assert max(map(len, shown.out.splitlines())) <= 80
+    for told in (
+        "bra 8x8x8 n_win=2 topk=1 forward_backward",
+        "counts agree",
+        "prediction off by",
+        "Heaviest operators",
+    ):
+        assert told in shown.out
+
+
+def test_a_profile_of_a_plugin_leaves_out_what_it_does_not_declare(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--plugin", str(PLUGINS / "plain.py"), "--attention", "plain", *SMALL[:8], "--window-size", "3"]
+    assert profiler.main([*arguments, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["window_size"] == 3 and row["kv_tokens_per_query"] is None and "macs_analytic" not in row
+    assert row["macs_counted"] == row["macs_fvcore"] == 8 * 8 * 8 * 8
+    assert profiler.main(arguments) == 0
+    assert re.search(r"MACs, by formula +- ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "told"),
+    [
+        ("fault_segfault", "crash", "killed by SIGSEGV"),
+        ("fault_raise", "error", "over [/two] lines: ½"),
+        ("fault_output", "incorrect", "is off by 0.001"),
+        ("fault_crash_on_shapes", "crash", "killed by SIGSEGV"),
+    ],
+)
+def test_a_profile_that_fails_says_so_and_exits_with_1(
+    capsys: pytest.CaptureFixture[str], name: str, status: str, told: str
+) -> None:
+    arguments = ["--plugin", str(PLUGINS / "faults.py"), "--attention", name, *SMALL[:8]]
+    assert profiler.main([*arguments, "--json"]) == 1
+    row = json.loads(capsys.readouterr().out)
+    assert row["status"] == status and told in row["reason"] and "latency_p50_ms" not in row
+    assert profiler.main(arguments) == 1
+    shown = capsys.readouterr()
+    assert status in shown.out and told in " ".join(shown.out.split()) and "Traceback" not in shown.out + shown.err
+
+
+def test_a_trace_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert profiler.main([*SMALL, "--trace", str(tmp_path / "deep" / "trace")]) == 0
+    (path,) = (tmp_path / "deep" / "trace").iterdir()
+    assert json.loads(path.read_text())["traceEvents"]
+    assert "make tensorboard DIR=" in capsys.readouterr().out
+
+
+ROW = {"device_name": "Paper [CPU]", "torch": "2", "status": "error", "reason": "[/red] x", "macs_agree": False}
+
+
+@pytest.mark.parametrize("color", [True, False])
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, color: bool) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    out = io.StringIO()
+    page.show(Case("full", 4, 4), ROW, [], Console(file=out, force_terminal=True, width=80))
+    shown = out.getvalue()
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)) == color
+    assert "Paper [CPU]" in shown and "[/red] x" in shown and "DISAGREE" in shown
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=12)
+VALUES = st.one_of(
+    st.sampled_from(
+        ["", "0", "1", "2", "7", "-1", "4", "auto", "none", "true", "false", "nan", "inf", "1e9", "avgpool", "bra",
+         "window", "full", "--", "-", "fp32", "bf16", "cpu", "cuda", "forward", "biformer_tiny", "½",
+         "\uff11\uff12", "%s", "[/red]", "/dev/null", "/dev/null/x", str(PLUGINS / "plain.py"), str(10**30), "9" * 5000, "x" * 300]
+    ),
+    st.integers().map(str), st.floats().map(str), TEXT,
+)  # fmt: skip
+
+
+def flags(*extra: str) -> list[str]:
+    declared = {option for name in (*names(), "bra") for option in options(name)}
+    return [*(f"--{name.replace('_', '-')}" for name in sorted(declared)), *extra]
+
+
+PROFILER_FLAGS = flags(
+    "--attention", "--block", "--model", "--plugin", "--height", "--width", "--dim", "--num-heads", "--batch", "--impl",
+    "--mode", "--dtype", "--device", "--compiled", "--deterministic", "--seed", "--trace", "--json", "--help", "--no",
+)  # fmt: skip
+RUN_ALL_FLAGS = ["--device", "--only", "--smoke", "--fresh", "--retry-failed", "--results", "--plugin", "--lis", "-h"]
+
+
+def command_lines(known: Sequence[str]) -> st.SearchStrategy[list[str]]:
+    """Lists of flags and values, in pairs or not."""
+    pair = st.tuples(st.sampled_from(known), VALUES).map(list)
+    joined = pair.map(lambda both: ["=".join(both)])
+    part = st.one_of(pair, pair, joined, st.sampled_from(known).map(lambda flag: [flag]), TEXT.map(lambda text: [text]))
+    return st.lists(part, max_size=5).map(lambda parts: [word for part in parts for word in part])
+
+
+any_order = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def fuzzed(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str]) -> None:
+    status = outcome(main, arguments)
+    told = capsys.readouterr()
+    assert status in (0, 1, 2) and "Traceback" not in told.err
+    if status == 2:
+        assert re.fullmatch(r"error: [^\n]+\n", told.err)
+
+
+@any_order
+@given(arguments=command_lines(PROFILER_FLAGS))
+def test_no_command_line_breaks_the_profiler(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    def no_measurement(case: Case, plugins: Sequence[str], trace: str | None) -> tuple[dict[str, Any], list[Any]]:
+        return case.who("profiling", "Paper CPU") | {"torch": "2", "status": "error", "reason": "not run"}, []
+
+    monkeypatch.setattr(profiler, "_measure", no_measurement)
+    fuzzed(capsys, profiler.main, arguments)
+
+
+@any_order
+@given(arguments=command_lines(RUN_ALL_FLAGS))
+def test_no_command_line_breaks_run_all(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    fuzzed(capsys, lambda words: command.main(["--list", *words]), arguments)
+
+
+@any_order
+@given(arguments=command_lines(["compare", "--markdown", "--help"]))
+def test_no_command_line_breaks_compare(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    fuzzed(capsys, work_on_results, ["compare", *arguments])
+
+
+OPTIONS = [(name, option) for name in names() for option in options(name)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(which=st.sampled_from(OPTIONS), text=VALUES)
+def test_an_option_takes_a_valid_value_or_says_what_is_valid(which: tuple[str, str], text: str) -> None:
+    option = options(which[0])[which[1]]
+    try:
+        value = option.parse(text)
+    except InvalidOption as refusal:
+        assert str(refusal).startswith(f"{option.name}={text!r} is not valid; valid: ")
+        assert str(refusal).endswith(option.describe())
+    else:
+        option.check(value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(which=st.sampled_from(OPTIONS))
+def test_the_default_of_an_option_is_valid_and_can_be_written(which: tuple[str, str]) -> None:
+    option = options(which[0])[which[1]]
+    option.check(option.default)
+    assert option.parse(
+        str(option.default).lower() if option.default in (True, False, None) else str(option.default)
+    ) == (option.default)
