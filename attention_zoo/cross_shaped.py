@@ -46,15 +46,17 @@ class CrossShapedAttention(Attention):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__(dim, num_heads, impl)
-        if num_heads % 2:
-            valid = [str(heads) for heads in range(2, dim + 1, 2) if dim % heads == 0]
+        if num_heads < 2:
+            valid = [str(heads) for heads in range(2, dim + 1) if dim % heads == 0]
             raise InvalidOption(
-                f"num_heads={num_heads} is odd and has no halves; valid for dim={dim}: {', '.join(valid) or 'none'}"
+                f"num_heads={num_heads} has no halves; valid for dim={dim}: {', '.join(valid) or 'none'}"
             )
+        self.heads = num_heads - num_heads // 2, num_heads // 2
+        self.dims = [heads * (dim // num_heads) for heads in self.heads]
         self.stripe_width = stripe_width
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.lepe = nn.ModuleList(depthwise(dim // 2, 3, "lepe") for _ in range(2))
+        self.lepe = nn.ModuleList(depthwise(channels, 3, "lepe") for channels in self.dims)
         self.proj = nn.Linear(dim, dim)
 
     def stripes(self, height: int, width: int) -> tuple[Groups, Groups]:
@@ -63,34 +65,32 @@ class CrossShapedAttention(Attention):
         return Groups(height, width, (across, width)), Groups(height, width, (height, across))
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        halves = self.qkv(x).chunk(6, dim=-1)
-        impl = self.chosen_impl(x)
-        out = [
-            self._half(halves[i::2], stripes, lepe, impl)
-            for i, (stripes, lepe) in enumerate(zip(self.stripes(*x.shape[1:3]), self.lepe, strict=True))
-        ]
+        halves = self.qkv(x).split(3 * self.dims, dim=-1)
+        stripes = self.stripes(*x.shape[1:3])
+        out = [self._half(halves[i::2], stripes[i], i, self.chosen_impl(x)) for i in range(2)]
         return self.proj(torch.cat(out, dim=-1))
 
     def _half(
-        self, qkv: tuple[Float[Tensor, "b h w e"], ...], stripes: Groups, lepe: nn.Module, impl: str
+        self, qkv: tuple[Float[Tensor, "b h w e"], ...], stripes: Groups, half: int, impl: str
     ) -> Float[Tensor, "b h w e"]:
         q, k, v = (stripes.cut(part) for part in qkv)
-        heads = self.num_heads // 2
+        heads = self.heads[half]
         by_head = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
         out = merge_heads(attend(*by_head, self.scale, stripes.mask(q), impl))
         planes = rearrange(v, "b p (y z) e -> (b p) e y z", y=stripes.size[0])
-        local = rearrange(lepe(planes), "(b p) e y z -> b p (y z) e", b=len(v))
+        local = rearrange(self.lepe[half](planes), "(b p) e y z -> b p (y z) e", b=len(v))
         return stripes.join(out + local)
 
     def macs(self, height: int, width: int) -> Macs:
-        n, half = height * width, self.dim // 2
+        n = height * width
         padded = [stripes.padded[0] * stripes.padded[1] for stripes in self.stripes(height, width)]
         keys = self.stripe_width * width, self.stripe_width * height
         return Macs(
             projection=4 * n * self.dim**2,
-            attention=sum(2 * tokens * seen * half for tokens, seen in zip(padded, keys, strict=True)),
-            local_conv=sum(9 * tokens * half for tokens in padded),
+            attention=sum(2 * tokens * seen * dim for tokens, seen, dim in zip(padded, keys, self.dims, strict=True)),
+            local_conv=sum(9 * tokens * dim for tokens, dim in zip(padded, self.dims, strict=True)),
         )
 
     def kv_tokens_per_query(self, height: int, width: int) -> float | int:
-        return sum(stripes.mean_keys() for stripes in self.stripes(height, width)) / 2
+        stripes = self.stripes(height, width)
+        return sum(s.mean_keys() * dim for s, dim in zip(stripes, self.dims, strict=True)) / self.dim

@@ -78,8 +78,8 @@ def load_plugin(path: str | Path) -> list[str]:
         InvalidOption: there is no such file, it does not import, it registers nothing or a taken name.
     """
     path = Path(path).resolve()
-    module_name = f"attention_plugin_{path.stem}"
-    if getattr(sys.modules.get(module_name), "__file__", None) == str(path):
+    module_name = f"attention plugin {path}"
+    if module_name in sys.modules:
         return []
     spec = importlib.util.spec_from_file_location(module_name, path)
     if not path.is_file() or spec is None or spec.loader is None:

@@ -573,16 +573,14 @@ def test_auto_regions_of_the_models_stages(side: int, topk: int, optimum: float,
 @pytest.mark.parametrize("auto_pad", [False, True])
 @pytest.mark.parametrize("topk", [1, 4, 9])
 @pytest.mark.parametrize("grid", [(56, 56), (28, 42), (16, 64), (60, 36), (37, 37), (100, 40)])
-def test_auto_regions_are_nearest_to_the_optimum(grid: tuple[int, int], topk: int, auto_pad: bool) -> None:
-    height, width = grid
-    optimum = (topk * (height * width) ** 2 / 2) ** (1 / 6)
+def test_auto_regions_cost_least(grid: tuple[int, int], topk: int, auto_pad: bool) -> None:
+    def built(n_win: int | str) -> nn.Module:
+        return build("bra", dim=8, num_heads=2, n_win=n_win, topk=topk, auto_pad=auto_pad)
+
     admissible = [
-        s
-        for s in range(1, min(grid) + 1)
-        if s * s >= topk and (auto_pad or (height % s == 0 and width % s == 0))
-    ]  # fmt: skip
-    chosen = build("bra", dim=8, num_heads=2, n_win="auto", topk=topk, auto_pad=auto_pad).regions_per_side(*grid)
-    assert chosen == min(admissible, key=lambda s: abs(math.log(s / optimum)))
+        s for s in range(1, min(grid) + 1) if s * s >= topk and (auto_pad or not (grid[0] % s or grid[1] % s))
+    ]
+    assert built("auto").macs(*grid).total == min(built(s).macs(*grid).total for s in admissible)
 
 
 def test_auto_regions_give_the_result_of_that_number() -> None:

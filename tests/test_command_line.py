@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,9 +19,11 @@ import profiling.__main__ as profiler
 from ablations import command
 from ablations.__main__ import main as work_on_results
 from ablations.launch import Launcher, Settings
+from ablations.store import exclusive
 from ablations.sweep import discover
 from attention_zoo import MODELS, InvalidOption, names, options, registry
 from profiling import environment, isolation, page
+from profiling.arguments import run_reporting
 from profiling.case import Case
 from profiling.rows import COLUMNS
 
@@ -179,6 +182,39 @@ def test_results_of_another_schema_are_left_alone(
     assert set(after) - set(before) <= {str(folder / "run.lock")}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["--only none", "--device tpu", "--plugin none.py", "--fresh --retry-failed --results", "--fresh --bogus"],
+)
+def test_bad_input_leaves_results_untouched(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    folder = Launcher(Settings(results=tmp_path / "results")).folder
+    folder.mkdir(parents=True)
+    for name in discover():
+        (folder / f"{name}.csv").write_text(",".join(COLUMNS) + "\n")
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, "run_all", *arguments.split())
+    assert contents(tmp_path) == before
+
+
+def test_a_second_run_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = Launcher(Settings(results=tmp_path)).folder
+    with exclusive(folder):
+        told = refused(capsys, "run_all", "--device", "cpu", "--only", "topk", "--results", str(tmp_path))
+    assert f"{folder} is in use by another run (process {os.getpid()}); wait for it to end" in told
+    assert [path.name for path in folder.iterdir()] == ["run.lock"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert run_reporting(interrupted) == 130
+    assert capsys.readouterr().err.startswith("interrupted; finished cells are kept")
+
+
 def test_a_results_folder_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
@@ -334,7 +370,8 @@ VALUES = st.one_of(
     st.sampled_from(
         ["", "0", "1", "2", "7", "-1", "4", "auto", "none", "true", "false", "nan", "inf", "1e9", "avgpool", "bra",
          "window", "full", "--", "-", "fp32", "bf16", "cpu", "cuda", "forward", "biformer_tiny", "½",
-         "\uff11\uff12", "%s", "[/red]", "/dev/null", "/dev/null/x", str(PLUGINS / "plain.py"), str(10**30), "9" * 5000, "x" * 300]
+         "\uff11\uff12", "%s", "[/red]", "/dev/null", "/dev/null/x", str(PLUGINS / "plain.py"), str(10**30), "9" * 5000,
+         "x" * 300]
     ),
     st.integers().map(str), st.floats().map(str), TEXT,
 )  # fmt: skip

@@ -378,7 +378,7 @@ def test_groups_cut_and_join_every_token_once(size: tuple[int, int], shift: tupl
 @pytest.mark.parametrize(
     ("name", "heads", "options", "valid"),
     [
-        ("cross_shaped", 1, {}, "num_heads=1 is odd.*valid for dim=8: 2, 4, 8"),
+        ("cross_shaped", 1, {}, "num_heads=1 has no halves.*valid for dim=8: 2, 4, 8"),
         ("shifted_window", 2, {"window_size": 1}, "window_size=1.*>= 2"),
         ("block_grid", 2, {"grid_size": 1}, "grid_size=1.*>= 2"),
         ("criss_cross", 2, {"qk_reduction": 3}, "qk_reduction=3.*valid: 1, 2, 4"),

@@ -139,7 +139,7 @@ class BiLevelRoutingAttention(Attention):
         """
         side = self.n_win
         if side == "auto":
-            side = auto_regions_per_side(height, width, self.topk, self.auto_pad)
+            side = auto_regions_per_side(height, width, self.dim, self.topk, self.auto_pad)
         if not self.auto_pad and (height % side or width % side):
             raise InvalidOption(
                 f"n_win={side} does not divide the {height} x {width} grid; "

@@ -43,8 +43,8 @@ class KVDownsample(nn.Module):
                     f"kv_downsample_kernel={self.kernel} would skip tokens at kv_downsample_ratio={ratio}; "
                     f"valid: at least {ratio}"
                 )
-            padding = (self.kernel - ratio + 1) // 2
-            self.conv = nn.Conv2d(channels, channels, self.kernel, stride=ratio, padding=padding, groups=channels)
+            self.padding = (self.kernel - ratio + 1) // 2
+            self.conv = nn.Conv2d(channels, channels, self.kernel, ratio, self.padding, groups=channels)
             nn.init.constant_(self.conv.weight, self.kernel**-2)
             nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
@@ -101,11 +101,8 @@ class KVDownsample(nn.Module):
             return height, width
         if self.mode.startswith("ada_"):
             return self.per_win, self.per_win
-        if self.mode == "conv":
-            room = self.kernel - 2 * ((self.kernel - self.ratio + 1) // 2)
-        else:
-            room = self.ratio if self.mode != "fracpool" else 0
-        size = tuple((side - room) // self.ratio + 1 if room else side // self.ratio for side in (height, width))
+        spare = self.kernel - 2 * self.padding if self.mode == "conv" else self.ratio
+        size = tuple((side - spare) // self.ratio + 1 for side in (height, width))
         if min(size) < 1:
             raise InvalidOption(
                 f"kv_downsample_ratio={self.ratio} leaves nothing of a {height} x {width} region; "

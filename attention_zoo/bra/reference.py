@@ -33,19 +33,20 @@ def forward(
     """
     q, kv = bra.qkv(regions.to_regions(x, side, side)).split([bra.qk_dim, bra.qk_dim + bra.dim], dim=-1)
     valid_pyx = None if valid is None else regions.to_regions(valid[None, :, :, None], side, side)[0, ..., 0]
+    kv_bpsd, valid_bps = _downsample(bra, kv, valid_pyx)
     index, weight = bra.router(
         _descriptor(q, valid_pyx),
         _descriptor(kv[..., : bra.qk_dim], valid_pyx),
-        None if valid_pyx is None else ~valid_pyx.flatten(1).any(1),
+        # After the reduction: a single fracpool cell need not reach the real tokens of a region.
+        None if valid_bps is None else ~valid_bps.any(-1),
     )
-    kv_bpsd, valid_bps = _downsample(bra, kv, valid_pyx)
     lepe = _lepe(bra, kv[..., bra.qk_dim :], side, valid)
     routed = _gather(kv_bpsd, index)
     if bra.soft_routing:
         routed = weight[..., None, None] * routed
     elif bra.diff_routing:
         # Adds exactly zero: the values stay as they are, and the weight gets its gradient.
-        routed = routed * (1 + weight - weight.detach())[..., None, None]
+        routed = routed * (1 + (weight - weight.detach()))[..., None, None]
     out = _attend(bra, rearrange(q, "b p y x e -> b p (y x) e"), routed, _routed_mask(valid_bps, index))
     out = rearrange(out, "b p (y x) c -> b p y x c", y=q.shape[2])
     out = regions.from_regions(out, side, side)

@@ -27,7 +27,7 @@ class Router(nn.Module):
         self.emb = nn.Linear(qk_dim, qk_dim) if param_routing else nn.Identity()
 
     def forward(
-        self, q: Float[Tensor, "b p c"], k: Float[Tensor, "b r c"], empty: Bool[Tensor, " r"] | None = None
+        self, q: Float[Tensor, "b p c"], k: Float[Tensor, "b r c"], empty: Bool[Tensor, "b r"] | None = None
     ) -> tuple[Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
         """Indices of the routed regions, best first, and the softmax over their scores.
 
@@ -39,7 +39,7 @@ class Router(nn.Module):
             q, k = q.detach(), k.detach()
         scores = (self.emb(q) * self.scale) @ self.emb(k).transpose(-2, -1)
         if empty is not None:
-            scores = scores.masked_fill(empty, float("-inf"))
+            scores = scores.masked_fill(empty[:, None], float("-inf"))
         best, index = torch.topk(scores, self.topk, dim=-1)
         return index, torch.softmax(best, dim=-1)
 
@@ -54,15 +54,19 @@ def optimal_regions_per_side(tokens: int, topk: int) -> float:
     return (topk * tokens**2 / 2) ** (1 / 6)
 
 
-def auto_regions_per_side(height: int, width: int, topk: int, any_size: bool) -> int:
-    """The whole S nearest (by ratio) to the optimum that has at least ``topk`` regions.
+def auto_regions_per_side(height: int, width: int, dim: int, topk: int, any_size: bool) -> int:
+    """The whole S of least cost (in MACs per channel) that has at least ``topk`` regions.
 
-    ``any_size`` admits an S that does not divide the grid, for a grid that will be padded.
+    ``any_size`` admits an S that does not divide the grid; what it pads is part of its cost.
 
     Raises:
         InvalidOption: no such S exists.
     """
-    best = optimal_regions_per_side(height * width, topk)
+
+    def cost(side: int) -> float:
+        tokens = side**2 * -(-height // side) * -(-width // side)
+        return 4 * tokens * dim + side**4 + 2 * topk * tokens**2 / side**2
+
     sides = [
         side
         for side in range(1, min(height, width) + 1)
@@ -73,4 +77,4 @@ def auto_regions_per_side(height: int, width: int, topk: int, any_size: bool) ->
             f"n_win='auto': no common divisor S of a {height} x {width} grid has S * S >= topk={topk}; "
             f"pass auto_pad=True or a smaller topk"
         )
-    return min(sides, key=lambda side: max(side / best, best / side))
+    return min(sides, key=cost)

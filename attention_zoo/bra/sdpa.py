@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attention_zoo import regions
 from attention_zoo.attend import merge_heads, split_heads
+from attention_zoo.contract import Unsupported
 
 if TYPE_CHECKING:
     from attention_zoo.bra import BiLevelRoutingAttention
@@ -61,7 +62,7 @@ def _factor(bra: "BiLevelRoutingAttention", strength: Float[Tensor, "b p k"]) ->
     if bra.soft_routing:
         return strength.flatten(0, 1)
     if bra.diff_routing:
-        return (1 + strength - strength.detach()).flatten(0, 1)
+        return (1 + (strength - strength.detach())).flatten(0, 1)
     return None
 
 
@@ -87,6 +88,8 @@ class _RoutedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, "r n c"]) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise Unsupported("impl='sdpa' has no second derivative; impl='reference' has")
         q, kv, index, factor = ctx.saved_tensors
         dq, dkv = torch.empty_like(q), torch.zeros_like(kv)
         dfactor = None if factor is None else torch.empty_like(factor)
