@@ -4,6 +4,7 @@ python run_all.py --only kv_downsample
 """
 
 from ablations.sweep import Sweep
+from profiling.latency import Patience
 
 
 def _tells_apart(values: object) -> bool:
@@ -29,4 +30,5 @@ SWEEP = Sweep(
     },
     smoke={"kv_downsample_ratio": (1, 4), "kv_per_win": (8,), "mode": ("forward",)},
     keep=_tells_apart,
+    patience=Patience(seconds=0.2),
 )  # fmt: skip

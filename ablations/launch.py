@@ -56,9 +56,7 @@ class Cell:
     case: Case
     job: Job
     store: Store
-    timeout: float
-    measured: bool
-    oversized: bool
+    plan: Sweep
 
 
 class Launcher:
@@ -119,7 +117,7 @@ class Launcher:
         for case in sweep.cases(self.settings.device, self.settings.smoke):
             outcome = isolation.call(theory, self._job(case, sweep), timeout=sweep.timeout)
             columns = outcome.value or {"reason": f"{outcome.status}: {outcome.reason}"}
-            yield case, columns, self._verdict(columns, sweep.measured(case), sweep.oversized)
+            yield case, columns, self._verdict(columns, case, sweep)
 
     def _plan(self, sweeps: dict[str, Sweep], report: Report) -> Iterator[Cell]:
         # All of them are opened before the first is changed: one may be refused.
@@ -137,23 +135,23 @@ class Launcher:
                     report.skipped += 1
                 else:
                     job = self._job(case, sweep)
-                    yield Cell(name, case, job, store, sweep.timeout, sweep.measured(case), sweep.oversized)
+                    yield Cell(name, case, job, store, sweep)
 
     def _job(self, case: Case, sweep: Sweep) -> Job:
         return Job(case, self.settings.plugins, QUICK if self.settings.smoke else sweep.patience)
 
     def _theory(self, cell: Cell) -> dict[str, Any]:
         row = self._who(cell) | {"started_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        outcome = isolation.call(theory, cell.job, timeout=cell.timeout, memory=self._limit())
+        outcome = isolation.call(theory, cell.job, timeout=cell.plan.timeout, memory=self._limit())
         row |= (outcome.value or {}) | {"cell_seconds": outcome.seconds}
         if outcome.status != "ok":
             return row | {"status": outcome.status, "reason": outcome.reason}
-        verdict = self._verdict(row, cell.measured, cell.oversized)
+        verdict = self._verdict(row, cell.case, cell.plan)
         return row | {"status": verdict, "reason": self._why(row, verdict)}
 
     def _measured(self, cell: Cell, row: dict[str, Any], peaks: roofline.Peaks) -> dict[str, Any]:
         row["started_at"] = datetime.now(UTC).isoformat(timespec="seconds")
-        outcome = isolation.call(measure, cell.job, timeout=cell.timeout, memory=self._limit())
+        outcome = isolation.call(measure, cell.job, timeout=cell.plan.timeout, memory=self._limit())
         row["cell_seconds"] += outcome.seconds
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
         if row["status"] == "ok":
@@ -164,13 +162,15 @@ class Launcher:
     def _who(self, cell: Cell) -> dict[str, Any]:
         return cell.case.who(cell.sweep, self.facts["device_name"]) | self.facts
 
-    def _verdict(self, columns: dict[str, Any], measured: bool, oversized: bool) -> str:
+    def _verdict(self, columns: dict[str, Any], case: Case, sweep: Sweep) -> str:
         """What to do with a case, from its theory: measure, or leave it predicted, or oom since it cannot fit."""
-        if not measured:
+        if not sweep.measured(case):
             return "predicted"
         predicted = columns.get("memory_predicted_bytes")
-        fits = oversized or not predicted or predicted <= HEADROOM * self.available
-        return "measure" if fits else "oom"
+        if predicted and predicted > HEADROOM * self.available and not sweep.oversized:
+            return "oom"
+        macs = (columns.get("macs_counted") or 0) + (columns.get("macs_backward_counted") or 0)
+        return "predicted" if case.device == "cpu" and macs > sweep.most_macs_on_cpu else "measure"
 
     def _why(self, row: dict[str, Any], verdict: str) -> str:
         if verdict == "oom":

@@ -4,6 +4,7 @@ python run_all.py --only models
 """
 
 from ablations.sweep import Sweep
+from profiling.latency import Patience
 
 SWEEP = Sweep(
     question="What do BiFormer-T, -S, -B and -STL cost at 224, 384 and 512 pixels, as published (n_win 7)?",
@@ -16,5 +17,7 @@ SWEEP = Sweep(
     fixed={"kind": "model", "impl": "reference", "n_win": 7, "auto_pad": True},
     smoke={"grid": (224,), "name": ("biformer_tiny",), "mode": ("forward",)},
     measured=lambda case: case.height == 224 or case.mode == "forward",
+    most_macs_on_cpu=35e9,
     timeout=600,
+    patience=Patience(seconds=0.3),
 )

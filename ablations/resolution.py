@@ -4,6 +4,7 @@ python run_all.py --only resolution
 """
 
 from ablations.sweep import Sweep, attentions
+from profiling.latency import Patience
 
 SWEEP = Sweep(
     question="How do MACs, memory and latency of every attention grow with the grid?",
@@ -19,4 +20,6 @@ SWEEP = Sweep(
     },
     smoke={"grid": (14, 1024)},
     measured=lambda case: case.height <= 256,
+    most_macs_on_cpu=25e9,
+    patience=Patience(seconds=0.1),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -28,6 +29,8 @@ class Sweep:
         smoke: axes to use instead under ``--smoke``.
         keep: which combinations are cases; all by default.
         measured: which cases are run; the others are counted and predicted only.
+        most_macs_on_cpu: cases of more MACs per step are predicted only on a CPU, where they would take minutes and
+            tell no more than their prediction does.
         replicates: processes that measure each case, interleaved in random order.
         patience: when to stop timing a case.
         timeout: seconds a cell may take.
@@ -41,6 +44,7 @@ class Sweep:
     smoke: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     keep: Callable[[Values], bool] = lambda values: True
     measured: Callable[[Case], bool] = lambda case: True
+    most_macs_on_cpu: float = math.inf
     replicates: int = 1
     patience: Patience = STANDARD
     timeout: float = 300.0

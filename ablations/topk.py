@@ -4,6 +4,7 @@ python run_all.py --only topk
 """
 
 from ablations.sweep import Sweep
+from profiling.latency import Patience
 
 SWEEP = Sweep(
     question="What do topk and n_win cost BRA at the grid of its first stage?",
@@ -16,4 +17,5 @@ SWEEP = Sweep(
     fixed={"name": "bra", "grid": 56, "dim": 64, "num_heads": 2, "impl": "reference", "side_dwconv": 5},
     smoke={"n_win": (7,), "topk": (1, 49), "mode": ("forward",)},
     keep=lambda values: values["topk"] <= values["n_win"] ** 2,
+    patience=Patience(seconds=0.2),
 )

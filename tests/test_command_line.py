@@ -41,9 +41,10 @@ MAINS: dict[str, Main] = {
 @pytest.fixture(autouse=True)
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take back what plugins register."""
+    before = set(sys.modules)
     monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
     yield
-    for module in [name for name in sys.modules if name.startswith("attention_plugin_")]:
+    for module in [name for name in set(sys.modules) - before if "plugin" in name]:
         del sys.modules[module]
 
 
@@ -264,10 +265,14 @@ def test_every_attention_has_help(capsys: pytest.CaptureFixture[str], name: str)
 
 
 def test_the_commands_run_as_programs() -> None:
-    for arguments in (["-m", "profiling", "--attention", "none"], ["run_all.py", "--only", "none"]):
-        run = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 2 and run.stdout == ""
-        assert run.stderr.startswith("error: unknown ") and run.stderr.count("\n") == 1
+    started = [
+        subprocess.Popen([sys.executable, *words, "none"], cwd=ROOT, text=True, stdout=-1, stderr=-1)
+        for words in (["-m", "profiling", "--attention"], ["run_all.py", "--only"], ["-m", "ablations"])
+    ]
+    for process in started:
+        out, err = process.communicate()
+        assert process.returncode == 2 and out == ""
+        assert err.startswith("error: ") and err.count("\n") == 1 and "'none'" in err
 
 
 def test_the_list_of_sweeps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,13 +44,20 @@ GATED = [name for name in EXPECTED if name in ("fault_output", "fault_gradient",
 TIMEOUT = 4.0
 
 
+def forget_plugins() -> None:
+    """Have plugins load anew when they are asked for again."""
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")) == FAULTS:
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def own_registry() -> Iterator[None]:
     """Take back what plugins registered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
         yield
-    sys.modules.pop("attention_plugin_faults", None)
+    forget_plugins()
 
 
 @pytest.fixture(scope="module")

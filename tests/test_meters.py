@@ -297,7 +297,9 @@ def faults() -> Iterator[None]:
         patch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
         load_plugin(FAULTS)
         yield
-    sys.modules.pop("attention_plugin_faults")
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")) == str(FAULTS):
+            del sys.modules[name]
 
 
 @pytest.mark.parametrize("impl", ["fast", "auto"])

@@ -32,7 +32,9 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take back what plugins register."""
     monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
     yield
-    sys.modules.pop("attention_plugin_plain", None)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")) == str(PLAIN):
+            del sys.modules[name]
 
 
 def test_the_sweeps_that_must_be_are_there() -> None:

@@ -56,7 +56,7 @@ class Hoard(Faulty):
     def go_wrong(self) -> None:
         hoard = []
         while True:
-            hoard.append(torch.ones(16 << 20))
+            hoard.append(torch.empty(16 << 20))
 
 
 @register("fault_raise")
