@@ -54,6 +54,7 @@ class Sweep:
         """All cases in the order of the axes, each once per replicate."""
         axes = {name: values() if callable(values) else values for name, values in self.axes.items()}
         axes |= dict(self.smoke) if smoke else {}
+        _check_names({**axes, **self.fixed})
         products = (dict(self.fixed) | dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
         chosen = [_case(dict(values), device) for values in products if self.keep(values)]
         return [
@@ -61,6 +62,13 @@ class Sweep:
             for replicate in range(1 if smoke else self.replicates)
             for case in dict.fromkeys(chosen)
         ]
+
+
+def _check_names(axes: Mapping[str, Any]) -> None:
+    known = CASE_FIELDS | {"grid", "attention"} | {option for name in names() for option in options(name)}
+    for name in axes:
+        if name not in known:
+            raise InvalidOption(f"a sweep has no axis {name!r}; valid: {', '.join(sorted(known))}")
 
 
 def attentions() -> list[str]:

@@ -1,5 +1,6 @@
 """The Transformer block around any attention: position convolution, attention, MLP."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from attention_zoo.contract import InvalidOption, Macs
 from attention_zoo.lepe import depthwise
 from attention_zoo.registry import build
+from attention_zoo.registry import options as declared
 
 HEADS_OF_FULL_ATTENTION = 8
 """The published block builds its full attention (topk -1, -2) without passing num_heads on, so with 8 heads."""
@@ -126,7 +128,12 @@ def _choose(
     if attention == "bra" or (attention is None and topk > 0):
         return "bra", num_heads, routed | options
     if attention is not None:
-        return attention, num_heads, options
+        # Arguments of Block by which the attention has an option too, where they were given.
+        defaults = {name: parameter.default for name, parameter in inspect.signature(Block).parameters.items()}
+        shared = {
+            name: routed[name] for name in declared(attention) if name in routed and routed[name] != defaults[name]
+        }
+        return attention, num_heads, shared | options
     if topk == -1:
         return "full", HEADS_OF_FULL_ATTENTION, {}
     if topk == -2:

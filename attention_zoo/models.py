@@ -83,8 +83,9 @@ class BiFormer(nn.Module):
         for depth, dim, k, name in zip(depths, dims, topk, per_stage, strict=True):
             named = {} if name is None else {"attention": name, **(attention_options or {})}
             make = STLBlock if swin_layout else Block
-            routed = _all_regions(k, settings) if named else k
-            arguments = settings | named | {"num_heads": dim // HEAD_DIM, "topk": routed}
+            arguments = settings | named | {"num_heads": dim // HEAD_DIM}
+            if name in (None, "bra"):
+                arguments["topk"] = _all_regions(k, settings) if named else k
             blocks = [make(dim, drop_path=next(rates), mlp_ratio=mlp_ratio, **arguments) for _ in range(depth)]
             self.stages.append(STLStage(blocks) if swin_layout else nn.Sequential(*blocks))
         self.norm = nn.BatchNorm2d(dims[-1])

@@ -91,7 +91,7 @@ def load_plugin(path: str | Path) -> list[str]:
         spec.loader.exec_module(module)
         if set(_CLASSES) == before:
             raise InvalidOption("it registers no attention; decorate a class with @register('its_name')")
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         del sys.modules[module_name]
         for name in set(_CLASSES) - before:
             del _CLASSES[name]

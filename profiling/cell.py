@@ -85,6 +85,9 @@ def measure(job: Job) -> dict[str, Any]:
             return columns | {"status": "incorrect", "reason": f"{found.where} is off by {found.error:.2g}"}
     work = case.workload(case.device)
     columns |= {"impl": case.implementation(work)}
+    if columns["impl"] != "reference":
+        with work.settings():
+            columns["sdpa_backend"] = sdpa_backend(work.step)
     columns |= measure_workload(work, case.device, job.patience, case.compiled)
     return columns | {"macs_fvcore": None if case.compiled else _fvcore(work)}
 
@@ -118,7 +121,6 @@ def measure_workload(work: Workload, device: str, patience: latency.Patience, co
     """Time and memory of any workload, as columns of a row."""
     columns: dict[str, Any] = {}
     with work.settings():
-        columns["sdpa_backend"] = sdpa_backend(work.step)
         if compiled:
             columns["compile_ms"] = _compile(work, device)
         columns |= _time(work, device, patience)

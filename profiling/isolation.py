@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +22,8 @@ from typing import Any
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 _context = multiprocessing.get_context("forkserver")
+_BOOKKEEPING = threading.Lock()
+"""Starting a process collects the exit status of others: not to be done while another thread waits for it."""
 
 
 class StartError(RuntimeError):
@@ -65,19 +68,21 @@ def call(function: Callable[..., Any], *arguments: Any, timeout: float = 600.0, 
     begin = time.perf_counter()
     receiver, sender = _context.Pipe(duplex=False)
     child = _context.Process(target=_child, args=(sender, function, arguments, memory), daemon=True)
-    child.start()
+    with _BOOKKEEPING:
+        child.start()
     sender.close()
     try:
         wait([receiver, child.sentinel], timeout)
         outcome = _received(receiver)
         if outcome is None:
             # A dying child's end of the pipe closes a moment before its exit status is known.
-            child.join(max(0.0, timeout - (time.perf_counter() - begin)))
-        if outcome is None and child.is_alive():
+            wait([child.sentinel], max(0.0, timeout - (time.perf_counter() - begin)))
+        if outcome is None and not wait([child.sentinel], 0):
             outcome = Outcome("timeout", reason=f"no result within {timeout:g} s")
     finally:
-        child.kill()
-        child.join()
+        with _BOOKKEEPING:
+            child.kill()
+            child.join()
         receiver.close()
     outcome = outcome or _died(child.exitcode or 0)
     return Outcome(outcome.status, outcome.value, outcome.reason, time.perf_counter() - begin)

@@ -1,5 +1,7 @@
 """Imported once by the server from which cells are forked: everything a cell needs, and nothing that starts threads."""
 
+import gc
+
 import fvcore.nn  # noqa: F401
 import torch
 import torch._dynamo
@@ -13,3 +15,7 @@ from profiling.workload import Workload
 with torch.device("meta"):
     memory.predict(Workload(nn.Linear(8, 8), torch.empty(1, 8), "forward_backward"))
     macs.counted(Workload(nn.Linear(8, 8), torch.empty(1, 8), "forward_backward"))
+
+# Cells then inherit a heap that no garbage collection of theirs walks through.
+gc.collect()
+gc.freeze()
