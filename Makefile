@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 
 reproduce: setup
-	$(BIN)/python run_all.py --only resolution,topk,kv_downsample,models
+	$(BIN)/python run_all.py --fresh --only resolution,topk,kv_downsample,models
 	$(MAKE) notebooks
 
 test: setup
