@@ -1,9 +1,14 @@
-"""What every registered attention promises, and what window, axial, full and convolutional attention are."""
+"""What every registered attention promises, and what window, axial, full and convolutional attention are.
+
+Of an attention of yours: ``pytest --plugin my_attention.py tests/test_contract.py -k my_attention``.
+"""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,18 +73,7 @@ FAST = [(name, impl) for name, impl in IMPLS if impl != impls(name)[0]]
 VARIANTS = [pytest.param(name, chosen, id=f"{name} {label(chosen)}") for name in NAMES for chosen in variants(name)]
 
 
-def made(name: str, impl: str = "reference", dim: int = DIM, heads: int = HEADS, **chosen: Any) -> nn.Module:
-    """In fp64 and eval, with weights large enough that the softmax is far from uniform; the same for each impl."""
-    module = build(name, dim=dim, num_heads=heads, impl=impl, **chosen).eval().double()
-    torch.manual_seed(1)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
-
-
-def image(height: int, width: int, batch: int = 2, dim: int = DIM) -> Tensor:
-    torch.manual_seed(2)
-    return torch.randn(batch, height, width, dim, dtype=torch.float64)
+made, image = partial(conftest.made, dim=DIM, heads=HEADS), partial(conftest.image, dim=DIM)
 
 
 def run_or_skip(module: nn.Module, x: Tensor) -> Tensor:
