@@ -17,7 +17,7 @@ def auto_and_small(case: Case) -> bool:
 
 SWEEP = Sweep(
     question="With which power of HW do MACs, memory and latency of every attention grow, beside what theory says?",
-    expect="in MACs of attention and routing: full 2, axial 3/2, window 1, BRA 4/3 with n_win auto and 2 with 7. 1 min.",
+    expect="in MACs of attention and routing: full 2, axial 3/2, window 1, BRA 4/3 with n_win auto and 2 with n_win 7.",
     axes={
         "grid": (14, 28, 56, 112, 224, 448, 896, 1792, 4096),
         "name": attentions,

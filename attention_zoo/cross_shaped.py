@@ -35,6 +35,7 @@ class CrossShapedAttention(Attention):
     impls = ("reference", "sdpa")
     exponent = 1.5
     smallest = {"stripe_width": 2}
+    by_stage = {"stripe_width": (1, 2, 7, 7)}
 
     def __init__(
         self,

@@ -49,6 +49,7 @@ class DeformableAttention(Attention):
     impls = ("reference", "sdpa")
     exponent = 2
     smallest = {"stride": 2, "offset_kernel": 3}
+    by_stage = {"stride": (8, 4, 2, 1), "offset_kernel": (9, 7, 5, 3)}
 
     def __init__(
         self,

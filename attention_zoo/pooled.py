@@ -38,6 +38,7 @@ class PooledAttention(Attention):
     impls = ("reference", "sdpa")
     exponent = 2
     smallest = {"sr_ratio": 2, "pool_size": 2}
+    by_stage = {"sr_ratio": (8, 4, 2, 1)}
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class SpatiallySeparableAttention(Attention):
     impls = ("reference", "sdpa")
     exponent = 2
     smallest = {"window_size": 2, "sr_ratio": 2}
+    by_stage = {"sr_ratio": (8, 4, 2, 1)}
 
     def __init__(
         self, dim: int, num_heads: int, impl: Impl = "auto", *, window_size: AtLeast1 = 7, sr_ratio: AtLeast1 = 8
