@@ -11,8 +11,8 @@ from profiling.latency import Patience
 
 
 def auto_and_small(case: Case) -> bool:
-    """BRA with n_win auto, up to 224 tokens per side: the resolution sweep measures all others."""
-    return dict(case.options).get("n_win") == "auto" and case.height <= 224
+    """BRA with n_win auto, from 28 to 224 tokens per side: the resolution sweep measures all others."""
+    return dict(case.options).get("n_win") == "auto" and 28 <= case.height <= 224
 
 
 SWEEP = Sweep(

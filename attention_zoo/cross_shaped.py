@@ -31,7 +31,7 @@ class CrossShapedAttention(Attention):
         InvalidOption: num_heads is odd.
     """
 
-    citation = "Dong et al., CSWin Transformer, CVPR 2022, section 3.2 (H-Attention, V-Attention, LePE)"
+    citation = "Dong et al., CSWin Transformer, CVPR 2022 (H-Attention, V-Attention, LePE)"
     impls = ("reference", "sdpa")
     exponent = 1.5
     smallest = {"stripe_width": 2}

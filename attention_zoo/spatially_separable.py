@@ -25,7 +25,7 @@ class SpatiallySeparableAttention(Attention):
         sr_ratio: reduction per side of the second layer's keys and values; published: 8, 4, 2, 1 by stage.
     """
 
-    citation = "Chu et al., Twins, NeurIPS 2021, section 3.2 (Twins-SVT: LSA, then GSA)"
+    citation = "Chu et al., Twins, NeurIPS 2021 (Twins-SVT: LSA, then GSA)"
     impls = ("reference", "sdpa")
     exponent = 2
     smallest = {"window_size": 2, "sr_ratio": 2}

@@ -7,6 +7,9 @@ import pandas as pd
 from notebooks.export import latency, publish, scaled
 from notebooks.plots import MIB, Results, needs, series
 
+SWIN_T = 28_288_354
+"""Parameters of Swin-T as its authors released it; the paper rounds them to 28.29 M."""
+
 
 @needs("stl")
 def table(results: Results) -> None:
@@ -19,9 +22,21 @@ def table(results: Results) -> None:
         f"{rows['device_name'].iloc[0]}. MACs: of the forward pass. Memory: predicted peak of a forward step / of a "
         "forward and backward step. Latency: median of the forward pass, and its 95 % interval in brackets; predicted: "
         "not measured, as too long for this device; oom: would not fit it. Options of an attention are those that its "
-        "publication gives for the stage, or the defaults."
+        "publication gives for the stage, or the defaults." + _swin(rows)
     )
     publish(pd.DataFrame(lines).fillna(""), "stl", note)
+
+
+def _swin(rows: pd.DataFrame) -> str:
+    swin = rows.loc[rows["name"] == "shifted_window", "params"]
+    if swin.empty:
+        return ""
+    return (
+        f" With shifted_window it has {swin.iloc[0]:,} parameters, Swin-T has {SWIN_T:,}: {SWIN_T - swin.iloc[0]:,} "
+        "more, which are 4 C for each patch merging of C = 96, 192 and 384 channels. There Swin normalises 4 C "
+        "channels (8 C parameters) before a linear map without bias; here C channels are normalised (2 C) before a "
+        "convolution with bias (2 C)."
+    )
 
 
 def _columns(part: pd.DataFrame) -> Iterator[tuple[str, str]]:

@@ -151,6 +151,17 @@ def test_gradients_reach_every_parameter(name: str, chosen: dict[str, Any]) -> N
         assert gradient.abs().max() > 1e-6, tensor
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_by_finite_differences(name: str) -> None:
+    module, x = made(name, **smallest(name)), image(5, 4, batch=1).requires_grad_()
+    state = dict(module.named_parameters())
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(state, values, strict=True)), x)
+
+    assert torch.autograd.gradcheck(run, (x, *state.values()), fast_mode=True, eps=1e-7, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "impl"), FAST)
 def test_fast_implementations_equal_the_reference(name: str, impl: str) -> None:
     for chosen, shape in product(variants(name), [(8, 8), (7, 9)]):
