@@ -44,8 +44,10 @@ def forward(
     factor = _factor(bra, strength)
     few_k, few_v = _downsampled(bra, k, v)
     everywhere = torch.arange(batch, device=x.device)[:, None, None] * side**2 + index
-    flat = (None if t is None else t.flatten(0, 1) for t in (q.flatten(2, 3), few_k, few_v, everywhere, factor))
-    out = _RoutedAttention.apply(*flat, bra.num_heads, bra.scale)
+    flat = [None if t is None else t.flatten(0, 1) for t in (q.flatten(2, 3), few_k, few_v, everywhere, factor)]
+    # What needs no gradient stays outside of a Function, into which no tracer looks.
+    attend: Any = _RoutedAttention.apply if torch.is_grad_enabled() else _attend_routed
+    out, _ = attend(*flat, bra.num_heads, bra.scale)
     out = rearrange(out, "(b r c) (y x) d -> b r y c x d", b=batch, r=side, y=tokens.shape[2])
     if bra.lepe is not None:
         grid = rearrange(regions.from_regions(v, side, side), "b h w c -> b c h w")
@@ -71,28 +73,41 @@ def _factor(bra: "BiLevelRoutingAttention", strength: Float[Tensor, "b p k"]) ->
     return 1 + (strength - strength.detach()) if bra.diff_routing else None
 
 
-class _RoutedAttention(torch.autograd.Function):
-    """Of q (r n e) to k (r s e) and v (r s c) at index (r k), both times factor (r k): (r n c)."""
+def _attend_routed(
+    q: Float[Tensor, "r n e"],
+    k: Float[Tensor, "r s e"],
+    v: Float[Tensor, "r s c"],
+    index: Int[Tensor, "r k"],
+    factor: Float[Tensor, "r k"] | None,
+    heads: int,
+    scale: float | int,
+) -> tuple[Float[Tensor, "r n c"], Float[Tensor, "r n m"]]:
+    """Every query region to its routed regions, times ``factor``: the output, and the softmax's log-sum-exp."""
+    out = v.new_empty(*q.shape[:2], v.shape[2])
+    lse = q.new_empty(*q.shape[:2], heads, dtype=torch.promote_types(q.dtype, torch.float32))
+    for part in _chunks(k, v, index):
+        near_k, near_v = (_gathered(t, index[part], factor, part) for t in (k, v))
+        found, lse[part] = _attend(q[part], near_k, near_v, heads, scale)
+        if found.shape == out.shape:
+            out = found
+        else:
+            out[part] = found
+    return out, lse
 
+
+class _RoutedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, factor: Tensor | None, heads: int, scale: float | int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _attend_routed(q, k, v, index, factor, heads, scale)
         ctx.settings = heads, scale
-        out = v.new_empty(*q.shape[:2], v.shape[2])
-        lse = q.new_empty(*q.shape[:2], heads, dtype=torch.promote_types(q.dtype, torch.float32))
-        for part in _chunks(k, v, index):
-            near_k, near_v = (_gathered(t, index[part], factor, part) for t in (k, v))
-            found, lse[part] = _attend(q[part], near_k, near_v, heads, scale)
-            if len(found) == len(out):
-                out = found
-            else:
-                out[part] = found
         ctx.save_for_backward(q, k, v, index, factor, out, lse)
-        return out
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise Unsupported("impl='sdpa' has no second derivative; impl='reference' has")
         q, k, v, index, factor, out, lse = ctx.saved_tensors
