@@ -52,6 +52,8 @@ class Attention(nn.Module):
     """The power of HW with which attention and routing grow, by theory."""
     smallest: ClassVar[dict[str, Any]] = {}
     """Options that make the smallest valid instance on an 8 x 8 grid, for tests."""
+    listed: ClassVar[bool] = True
+    """Whether it is an attention of the zoo; a bound that one sweep names, say, is built by name only."""
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto") -> None:
         super().__init__()

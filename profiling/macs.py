@@ -62,5 +62,13 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-FUSED: dict[str, Callable[..., int]] = {"aten::scaled_dot_product_attention": _attention}
+def _routed_attention(inputs: list[Any], outputs: list[Any]) -> int:
+    query, kv, index = (tensor.type().sizes() for tensor in inputs[:3])
+    return math.prod(query[:2]) * index[1] * math.prod(kv[1:])
+
+
+FUSED: dict[str, Callable[..., int]] = {
+    "aten::scaled_dot_product_attention": _attention,
+    "prim::PythonOp._RoutedAttention": _routed_attention,
+}
 """Operators that fvcore does not know and would count as nothing."""

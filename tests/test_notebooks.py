@@ -39,8 +39,8 @@ def cell(
     """A row of round numbers; without ``ms`` it was not measured."""
     row = {
         "sweep": sweep, "kind": "attention", "name": name, "impl_requested": "reference", "compiled": False,
-        "deterministic": False, "mode": mode, "dtype": "fp32", "device": "cpu", "batch": 1, "height": side,
-        "width": side, "dim": 64, "num_heads": 2, "seed": 0, "replicate": 0, "device_name": "Round Numbers",
+        "cuda_graph": False, "deterministic": False, "mode": mode, "dtype": "fp32", "device": "cpu", "batch": 1,
+        "height": side, "width": side, "dim": 64, "num_heads": 2, "seed": 0, "replicate": 0, "device_name": "Round Numbers",
         "params": 64, "macs_counted": 1000 * side**2, "memory_predicted_bytes": memory, "kv_tokens_per_query": 4,
         "started_at": "2026-01-02T03:04:05+00:00", "status": "predicted", "reason": "as the sweep asks",
     } | more  # fmt: skip
