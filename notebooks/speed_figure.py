@@ -26,7 +26,7 @@ def figure(results: Results) -> Figure:
     shown = times.drop(columns="reference", errors="ignore").dropna(how="all").dropna(axis=1, how="all")
     settings = sorted({label[1:3] for label in times.index}, key=str)
     modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
-    size = 1.5 + 6.2 * len(modes), 1.2 + 3.6 * len(settings)
+    size = 1.5 + max(6.2, 0.6 * len(shown) / len(settings)) * len(modes), 1.2 + 3.6 * len(settings)
     fig, axes = plt.subplots(len(settings), len(modes), figsize=size, squeeze=False, layout="constrained")
     for (dtype, batch), line in zip(settings, axes, strict=True):
         for mode, ax in zip(modes, line, strict=True):

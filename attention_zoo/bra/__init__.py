@@ -52,6 +52,8 @@ class BiLevelRoutingAttention(Attention):
         auto_pad: zero-pad the bottom and right of a grid that S does not divide; else such a grid is refused.
         mask_padding: leave that padding out of descriptors, pooling, attention and LePE. The published code,
             and the default here, attends to it.
+        impl: ``flex`` is PyTorch's FlexAttention, with a block mask made from the routes in every step; forward only
+            on a CPU, and never what ``auto`` takes where ``sdpa`` can run.
     """
 
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
