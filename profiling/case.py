@@ -98,8 +98,8 @@ class Case:
         found = set()
         for module in work.module.modules():
             if isinstance(module, Attention):
-                # As the step would ask: some kernels run without gradients only.
-                with torch.set_grad_enabled(self.mode == "forward_backward"):
+                # As the step would ask: what a kernel can run depends on gradients and on autocast.
+                with work.settings(), torch.set_grad_enabled(self.mode == "forward_backward"):
                     found.add(module.chosen_impl(work.x))
             elif len(getattr(module, "impls", ())) > 1:
                 # It does not say which of them "auto" runs: so it is not taken for the reference.
