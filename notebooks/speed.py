@@ -146,7 +146,8 @@ def _sentences(rows: pd.DataFrame) -> Iterator[str]:
             of_who, less = faster[who].dropna(), smaller[who].dropna()
             if who == "reference" or who in OTHERS.values() or of_who.empty:
                 continue
-            text = f"{MODES[mode].capitalize()}{setting_words((mode, dtype, batch))}, {who}: {_spread(of_who)} as fast as the reference"
+            text = f"{MODES[mode].capitalize()}{setting_words((mode, dtype, batch))}, {who}: "
+            text += f"{_spread(of_who)} as fast as the reference"
             yield text + (f", {_spread(less)} less memory." if len(less) else ".")
 
 
