@@ -54,6 +54,8 @@ class Attention(nn.Module):
     """Options that make the smallest valid instance on an 8 x 8 grid, for tests."""
     by_stage: ClassVar[dict[str, tuple[Any, ...]]] = {}
     """Options that the publication sets stage by stage: their values in the four stages of a model."""
+    listed: ClassVar[bool] = True
+    """Whether it is an attention of the zoo; a bound that one sweep names, say, is built by name only."""
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto") -> None:
         super().__init__()

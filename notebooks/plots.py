@@ -47,7 +47,8 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 OTHERS = [(colour, marker) for colour in ("#A6761D", "#7570B3", "#E7298A", "#5A5A5A") for marker in "D<>pHd8"]
 DASHES = ("-", "--", ":", "-.")
-VARIANTS = ("impl_requested", "compiled", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win", "topk")
+VARIANTS = ("impl_requested", "compiled", "cuda_graph", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win",
+            "topk")  # fmt: skip
 """Columns that make lines of their own of one attention's rows, if they differ."""
 SHARED = {"impl_requested": "impl", "dtype": "", "batch": "batch", "dim": "dim", "n_win": "n_win", "topk": "topk",
           "window_size": "window_size", "torch": "PyTorch"}  # fmt: skip
@@ -158,8 +159,9 @@ def series(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
 
 
 def _word(column: str, value: Any) -> str:
-    if column in ("compiled", "deterministic"):
-        return column if value else f"not {column}"
+    if column in ("compiled", "cuda_graph", "deterministic"):
+        words = column.replace("_", " ")
+        return words if value else f"not {words}"
     return str(value) if column in ("impl_requested", "dtype") else f"{column} {value}"
 
 

@@ -115,6 +115,7 @@ def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
     for name in ("mode", "dtype", "device"):
         parser.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0] if name != "dtype" else "fp32")
     parser.add_argument("--compiled", action="store_true", help="under torch.compile")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay the step from a recorded CUDA graph")
     parser.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
     parser.add_argument("--seed", type=_integer, default=0, metavar="N")
     parser.add_argument("--trace", metavar="DIR", help="write a trace for TensorBoard and Perfetto")
@@ -164,7 +165,7 @@ def _case(given: argparse.Namespace, chosen: dict[str, Any]) -> Case:
         given.model or _name(given), given.height, given.width,
         None if given.model else given.dim, None if given.model else given.num_heads,
         tuple(sorted(chosen.items())), kind, given.impl, given.mode, given.dtype, given.device,
-        given.batch, given.compiled, given.deterministic, given.seed,
+        given.batch, given.compiled, given.cuda_graph, given.deterministic, given.seed,
     )  # fmt: skip
 
 

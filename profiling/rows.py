@@ -43,6 +43,9 @@ class Row(pa.DataFrameModel):
         description="The implementation asked for; auto picks the fastest that can run."
     )
     compiled: Series[pd.BooleanDtype] = pa.Field(description="Whether the module ran under torch.compile.")
+    cuda_graph: Series[pd.BooleanDtype] = pa.Field(
+        description="Whether the timed steps were replays of one recorded CUDA graph."
+    )
     deterministic: Series[pd.BooleanDtype] = pa.Field(description="Whether deterministic kernels were required.")
     mode: Series[str] = pa.Field(
         isin=("forward", "forward_backward"),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention_zoo import InvalidOption, Unsupported, build, get, neighborhood_flex, quadtree
+from attention_zoo import InvalidOption, Unsupported, build, flex, get, neighborhood_flex, quadtree
 from profiling import memory
 from profiling.case import Case
 
@@ -196,7 +196,7 @@ def test_flex_attention_equals_the_reference(
     kernel: int, grid: tuple[int, int], biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but PyTorch's own kernel, which has no backward pass on a CPU: blocks, mask, bias and order of tokens."""
-    monkeypatch.setattr(neighborhood_flex, "_compiled", lambda: dense_flex_attention)
+    monkeypatch.setattr(flex, "compiled", lambda: dense_flex_attention)
     monkeypatch.setattr(neighborhood_flex, "unsupported", lambda x, head_dim: None)
     found = []
     for impl in ("reference", "flex"):
