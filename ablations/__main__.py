@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ablations import recommend_page
+from ablations import recommend_page, table
 from ablations.compare import as_json, compare, markdown, read, show
 from ablations.recommend import BYTES, MILLISECONDS, Limits, Question, amount, recommend, resolve
 from attention_zoo import InvalidOption, load_plugin
@@ -29,6 +29,10 @@ RECOMMEND = """examples:
   python -m ablations recommend --height 128 --width 128 --memory 24GiB \\
       --mode forward_backward --dtype bf16 --device cuda --plugin my_attention.py
 """
+TABLE = """examples:
+  python -m ablations table README.md          rewrite the table in the README
+  python -m ablations table > attentions.md
+"""
 RECOMMENDED = """\
 Which attentions and options fit your grid, memory and time, best first: by latency
 where it is known, then by MACs. Memory and MACs are predicted for exactly this grid,
@@ -46,11 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = Parser(prog="python -m ablations", epilog=COMPARE + RECOMMEND.removeprefix("examples:\n"))
+    parser = Parser(prog="python -m ablations", epilog=COMPARE + (RECOMMEND + TABLE).replace("examples:\n", ""))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     _add_compare(commands.add_parser("compare", help="FASTER, SAME, SLOWER or AMBIGUOUS, cell by cell", epilog=COMPARE))
     told = "which attentions fit a grid, a memory and a latency"
     _add_recommend(commands.add_parser("recommend", help=told, description=RECOMMENDED, epilog=RECOMMEND))
+    _add_table(commands.add_parser("table", help="the table of attentions of the README", epilog=TABLE))
     given = parser.parse_args(arguments)
     return given.run(given)
 
@@ -126,6 +131,22 @@ def _question(given: argparse.Namespace) -> Question:
         load_plugin(plugin)
     plugins = tuple(str(Path(plugin).resolve()) for plugin in given.plugin)
     return Question(size, limits, resolve(given.device, given.results), plugins)
+
+
+def _add_table(command: Parser) -> None:
+    told = "rewrite the table between its two comments in this file (default: print it)"
+    command.add_argument("page", type=Path, nargs="?", metavar="PAGE", help=told)
+    command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
+    command.set_defaults(run=_table)
+
+
+def _table(given: argparse.Namespace) -> int:
+    if given.page is None:
+        print(table.markdown(given.results), end="")
+    else:
+        changed = table.rewrite(given.page, given.results)
+        print(f"{given.page}: {'rewritten' if changed else 'up to date'}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def show(answer: Answer, asked: Question, console: Console, top: int) -> None:
         tell("\n".join(["Measure with:", *commands, _rest(len(answer.unknown) - top)]))
     if answer.refused:
         console.print(_refused(answer.refused))
-    tell(_legend([*answer.fits, *answer.unknown]))
+    tell(_legend([*answer.fits[:top], *answer.unknown[:top]], answer.refused))
 
 
 def as_json(answer: Answer, asked: Question) -> dict[str, Any]:
@@ -65,13 +65,13 @@ def _entry(candidate: Candidate, plugins: Sequence[str]) -> dict[str, Any]:
 def _headline(answer: Answer, asked: Question) -> str:
     size, limits = asked.size, asked.limits
     count = len(answer.fits) + len(answer.unknown) + len(answer.refused)
-    limit = in_words(limits.memory) + (f" and {limits.latency:g} ms" if limits.latency else "")
+    limit = in_words(limits.memory).replace(" ", "\xa0") + (f" and {limits.latency:g} ms" if limits.latency else "")
     batch = f"batch {size.batch}, " if size.batch > 1 else ""
     text = (
         f"{size.height} x {size.width} tokens, {batch}dim {size.dim}, {size.num_heads} heads, {size.mode}, "
         f"{size.dtype}: {len(answer.fits)} of {count} candidates fit {limit}. {_where(asked.device)}"
     )
-    return textwrap.fill(text, WIDTH) + "\n"
+    return textwrap.fill(text, WIDTH).replace("\xa0", " ") + "\n"
 
 
 def _where(device: Device) -> str:
@@ -113,7 +113,7 @@ def _ranked(title: str, group: Sequence[Candidate], size: Case) -> Table:
         ms = candidate.latency.ms
         table.add_row(
             escape(label(candidate)), escape(candidate.case.impl),
-            "-" if candidate.memory is None else in_words(candidate.memory), _short(candidate.macs or 0),
+            "-" if candidate.memory is None else in_words(candidate.memory), short(candidate.macs or 0),
             "-" if ms is None else f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}", _grids(candidate.latency, size),
         )  # fmt: skip
     return table
@@ -121,7 +121,9 @@ def _ranked(title: str, group: Sequence[Candidate], size: Case) -> Table:
 
 def _refused(group: Sequence[Candidate]) -> Table:
     table = _table("Does not fit", ("attention", 31), ("impl", 9), ("why", 38))
-    for candidate in group:
+    # Of variants that are refused for one reason, the first speaks for all.
+    different = {(c.case.name, c.case.impl, c.why_not): c for c in reversed(group)}
+    for candidate in reversed(different.values()):
         table.add_row(escape(label(candidate)), escape(candidate.case.impl), escape(candidate.why_not))
     return table
 
@@ -136,7 +138,7 @@ def _grids(latency: Latency, size: Case) -> str:
     return f"> {high}" if size.height > latency.grids[-1][0] else f"< {low}"
 
 
-def _legend(group: Sequence[Candidate]) -> str:
+def _legend(group: Sequence[Candidate], refused: Sequence[Candidate]) -> str:
     lines = ["memory: predicted peak of one step. MACs: of one step, backward included where there is one."]
     sources = {candidate.latency.source for candidate in group}
     words = {
@@ -145,7 +147,7 @@ def _legend(group: Sequence[Candidate]) -> str:
     }  # fmt: skip
     if told := [text for source, text in words.items() if source in sources]:
         lines.append(f"source: {'; '.join(told)}.")
-    if any(candidate.padded for candidate in group):
+    if any(candidate.padded for candidate in (*group, *refused)):
         lines.append("padded: n_win does not divide the grid, which auto_pad fills up with zeros.")
     lines.append("Options not shown are those of the resolution sweep; --json has them all.")
     return "\n" + "\n".join(textwrap.fill(line, WIDTH) for line in lines)
@@ -155,7 +157,8 @@ def _rest(count: int) -> str:
     return f"... and {count} more: --top N shows more, --json all\n" if count > 0 else ""
 
 
-def _short(count: int) -> str:
+def short(count: int) -> str:
+    """A count in thousands of millions and the like, three digits."""
     unit, scale = next((u, s) for u, s in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1)) if count >= s or not u)
     value = count / scale
     return f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.3g} {unit}"

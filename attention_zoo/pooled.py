@@ -34,6 +34,7 @@ class PooledAttention(Attention):
         qkv_bias: whether the projections to q, k and v have a bias.
     """
 
+    attends_to = "a sub-sampled grid"
     citation = "Wang et al., Pyramid Vision Transformer, ICCV 2021, section 3.3, eq. 1-4; avg: PVT v2, CVMJ 2022"
     impls = ("reference", "sdpa")
     exponent = 2

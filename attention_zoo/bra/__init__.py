@@ -54,6 +54,7 @@ class BiLevelRoutingAttention(Attention):
             and the default here, attends to it.
     """
 
+    attends_to = "its region's topk most related regions"
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
     impls = ("reference", "sdpa")
     smallest = {"n_win": 2, "topk": 1, "side_dwconv": 3}
