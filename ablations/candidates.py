@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ablations import resolution
 from ablations.measured import Latency
-from ablations.resolution import SWEEP
 from attention_zoo import InvalidOption, names, options
 from attention_zoo.options import Option
 from profiling.case import Case, available_impls
@@ -58,7 +58,7 @@ def candidates(size: Case) -> Iterator[Candidate]:
     """
     for name in names():
         declared = options(name)
-        base = {o: value for o, value in SWEEP.fixed.items() if o in declared and _valid(declared[o], value)}
+        base = {o: value for o, value in resolution.SWEEP.fixed.items() if o in declared and _valid(declared[o], value)}
         for changed in ({}, *_variants(declared, base)):
             chosen = tuple(sorted((base | changed).items()))
             for impl in available_impls(name):
