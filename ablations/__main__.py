@@ -25,22 +25,23 @@ COMPARE = """examples:
 """
 RECOMMEND = """examples:
   python -m ablations recommend --height 512 --width 512 --memory 8GiB
-  python -m ablations recommend --height 56 --width 56 --memory 1GiB --latency 5ms
+  python -m ablations recommend --height 56 --width 56 --memory 1GiB \\
+      --latency 5ms --mode forward_backward --json
   python -m ablations recommend --height 128 --width 128 --memory 24GiB \\
-      --mode forward_backward --dtype bf16 --device cuda --plugin my_attention.py
+      --dtype bf16 --device cuda --plugin my.py
 """
 TABLE = """examples:
   python -m ablations table README.md          rewrite the table in the README
   python -m ablations table > attentions.md
 """
 RECOMMENDED = """\
-Which attentions and options fit your grid, memory and time, best first: by latency
-where it is known, then by MACs. Memory and MACs are predicted for exactly this grid,
-results or not. Latency is what the results of the device hold for the same cell, or
-interpolated (log-log) between two measured grids of the same shape; never beyond them.
-With --latency, what fits in memory and was never timed is listed apart, with the
-command that times it. A grid that bra's n_win does not divide is padded, and marked so.
-Exits with 1 if nothing fits.
+Which attentions and options fit your grid, memory and time, best first: by
+latency where it is known, then by MACs. Memory and MACs are predicted for
+exactly this grid, results or not. Latency is what the results of the device
+hold for the same cell, or interpolated (log-log) between two measured grids of
+the same shape, never beyond them. With --latency, what fits in memory and was never
+timed is listed apart, with the command that times it. A grid that n_win does not
+divide is padded, and marked so. Exits with 1 if nothing fits.
 """
 
 
@@ -86,8 +87,8 @@ def _add_recommend(command: Parser) -> None:
         command.add_argument(f"--{name}", type=integer, default=default, required=not default, metavar="N", help=told)
     command.add_argument("--memory", required=True, metavar="SIZE", help=f"such as 8GiB; units: {', '.join(BYTES)}")
     command.add_argument("--latency", metavar="TIME", help=f"such as 5ms; units: {', '.join(MILLISECONDS)}")
-    command.add_argument("--mode", choices=CHOICES["mode"], default="forward")
-    command.add_argument("--dtype", choices=CHOICES["dtype"], default="fp32")
+    command.add_argument("--mode", choices=CHOICES["mode"], default="forward", help="(default: forward)")
+    command.add_argument("--dtype", choices=CHOICES["dtype"], default="fp32", help="(default: fp32)")
     told = "cpu, cuda, auto (cuda if there is one; the default), or a folder of --results"
     command.add_argument("--device", default="auto", metavar="DEVICE", help=told)
     command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")

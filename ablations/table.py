@@ -14,7 +14,7 @@ from attention_zoo import InvalidOption, get, names
 from profiling.case import available_impls
 from profiling.rows import load
 
-QUESTION = "complexity"
+ROWS_FROM = "complexity"
 GRID, IMPL = 224, "reference"
 BEGIN, END = "<!-- attentions: python -m ablations table README.md -->", "<!-- end of attentions -->"
 POWERS = {"1": "HW", "1.33": "(HW)^4/3", "1.5": "(HW)^3/2", "2": "(HW)^2"}
@@ -60,13 +60,14 @@ def rewrite(page: Path, results: Path) -> bool:
 
 def _rows(results: Path) -> pd.DataFrame:
     """The sweep's training steps at the grid, of the first device that has any, one for each attention and n_win."""
-    for path in sorted(results.glob(f"*/{QUESTION}.csv")):
+    for path in sorted(results.glob(f"*/{ROWS_FROM}.csv")):
         rows = load(path)
         square = (rows["height"] == GRID) & (rows["width"] == GRID)
         rows = rows[square & (rows["mode"] == "forward_backward") & (rows["impl"] == IMPL)]
         if len(rows):
             return rows.drop_duplicates(["name", "n_win"])
-    raise InvalidOption(f"{results}: no results at {GRID} x {GRID}; make them with: python run_all.py --only {QUESTION}")
+    command = f"python run_all.py --only {ROWS_FROM}"
+    raise InvalidOption(f"{results}: no results at {GRID} x {GRID}; make them with: {command}")
 
 
 def _line(name: str, row: Mapping[Hashable, Any]) -> str:
