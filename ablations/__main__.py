@@ -39,9 +39,9 @@ Which attentions and options fit your grid, memory and time, best first: by
 latency where it is known, then by MACs. Memory and MACs are predicted for
 exactly this grid, results or not. Latency is what the results of the device
 hold for the same cell, or interpolated (log-log) between two measured grids of
-the same shape, never beyond them. With --latency, what fits in memory and was never
-timed is listed apart, with the command that times it. A grid that n_win does not
-divide is padded, and marked so. Exits with 1 if nothing fits.
+the same shape, never beyond them. With --latency, what fits in memory and was
+never timed is listed apart, with the command that times it. A grid that n_win
+does not divide is padded, and marked so. Exits with 1 if nothing fits.
 """
 
 

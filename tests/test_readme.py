@@ -145,10 +145,11 @@ def test_your_own_attention_takes_part_as_the_readme_says(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("page", ["README.md", "help"])
 def test_profiling_commands_parse(page: str) -> None:
-    commands = re.findall(r"python -m profiling (--.*)", PROFILING if page == "help" else README)
+    text = (PROFILING if page == "help" else README).replace("\\\n", "")
+    commands = re.findall(r"python -m profiling (--.*)", text)
     assert len(commands) >= 3
     for command in commands:
-        arguments = command.split("  ")[0].split()
+        arguments = re.split(r"   +(?!-)", command)[0].split()
         if "--help" not in arguments:
             _parser(arguments)[0].parse_args(arguments)
 
