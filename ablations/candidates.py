@@ -7,7 +7,7 @@ from typing import Any
 
 from ablations import resolution
 from ablations.measured import Latency
-from attention_zoo import InvalidOption, names, options
+from attention_zoo import InvalidOption, get, names, options
 from attention_zoo.options import Option
 from profiling.case import Case, available_impls
 
@@ -66,13 +66,17 @@ def candidates(size: Case) -> Iterator[Candidate]:
 
 
 def command(case: Case, plugins: Sequence[str] = ()) -> list[str]:
-    """The command that measures a case alone, a flag with its value at a time; a flag's default is left out."""
+    """The command that measures a case alone, a flag with its value at a time; a flag's default is left out.
+
+    Of ``plugins``, absolute paths, it names the one that the attention comes from.
+    """
     declared = options(case.name)
     chosen = {name: value for name, value in case.options if value != declared[name].default}
     usual = {"dim": 64, "num_heads": 2, "batch": 1, "mode": "forward", "dtype": "fp32", "device": "cpu"}
     given = {"attention": case.name, "height": case.height, "width": case.width}
     given |= {name: getattr(case, name) for name, value in usual.items() if getattr(case, name) != value}
-    words = [f"--plugin {shlex.quote(plugin)}" for plugin in plugins]
+    module = get(case.name).__module__
+    words = [f"--plugin {shlex.quote(plugin)}" for plugin in plugins if module.endswith(plugin)]
     words += [f"--{name.replace('_', '-')} {_written(value)}" for name, value in (given | chosen).items()]
     return ["python -m profiling", *words, f"--impl {case.impl}"]
 
