@@ -17,7 +17,7 @@ class AxialAttention(Attention):
     """
 
     attends_to = "its row, then its column"
-    citation = "Ho et al., Axial Attention in Multidimensional Transformers, 2019, section 4.1"
+    citation = "Ho et al., Axial Attention in Multidimensional Transformers, 2019 (row attention, column attention)"
     impls = ("reference", "sdpa")
     exponent = 1.5
 

@@ -42,7 +42,7 @@ class BlockGridAttention(Attention):
     """
 
     attends_to = "its window, then a sparse grid"
-    citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022, section 3.2"
+    citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022 (Max-SA: block, then grid attention)"
     impls = ("reference", "sdpa")
     exponent = 1
     smallest = {"window_size": 2, "grid_size": 2}

@@ -55,6 +55,8 @@ class Attention(nn.Module):
     """The power of HW with which attention and routing grow, by theory."""
     smallest: ClassVar[dict[str, Any]] = {}
     """Options that make the smallest valid instance on an 8 x 8 grid, for tests."""
+    by_stage: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Options that the publication sets stage by stage: their values in the four stages of a model."""
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto") -> None:
         super().__init__()

@@ -40,7 +40,7 @@ class CrissCrossAttention(Attention):
     """
 
     attends_to = "its row and column at once, repeatedly"
-    citation = "Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019, section 3.2, eq. 1, 2"
+    citation = "Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019 (affinity, aggregation)"
     exponent = 1.5
     smallest = {"recurrence": 1}
 

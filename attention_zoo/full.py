@@ -19,7 +19,7 @@ class FullAttention(Attention):
     """
 
     attends_to = "every token"
-    citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1"
+    citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1 (scaled dot-product attention)"
     impls = ("reference", "sdpa")
     exponent = 2
 

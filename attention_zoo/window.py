@@ -28,7 +28,7 @@ class WindowAttention(Attention):
     Args:
         window_size: tokens per side of a window.
         shift: how far the windows are displaced, less than window_size; 0 is none.
-        relative_position_bias: add a learned bias per head and relative position (Swin, eq. 4).
+        relative_position_bias: add a learned bias per head and relative position (Swin).
         qkv_bias: whether the qkv projection has a bias.
     """
 
