@@ -16,6 +16,7 @@ class AxialAttention(Attention):
     Each layer has projections of its own, as published; together they reach the whole grid.
     """
 
+    attends_to = "its row, then its column"
     citation = "Ho et al., Axial Attention in Multidimensional Transformers, 2019 (row attention, column attention)"
     impls = ("reference", "sdpa")
     exponent = 1.5

@@ -41,6 +41,7 @@ class BlockGridAttention(Attention):
         qkv_bias: whether the qkv projections have a bias.
     """
 
+    attends_to = "its window, then a sparse grid"
     citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022 (Max-SA: block, then grid attention)"
     impls = ("reference", "sdpa")
     exponent = 1

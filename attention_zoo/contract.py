@@ -46,7 +46,10 @@ class Attention(nn.Module):
     configuration, overrides :meth:`unsupported`.
     """
 
+    attends_to: ClassVar[str] = ""
+    """What a query attends to, in a few words."""
     citation: ClassVar[str] = ""
+    """Authors, title, venue and year, then where in the publication: parted by commas."""
     impls: ClassVar[tuple[str, ...]] = ("reference",)
     exponent: float | None = None
     """The power of HW with which attention and routing grow, by theory."""

@@ -39,6 +39,7 @@ class CrissCrossAttention(Attention):
         InvalidOption: num_heads * qk_reduction does not divide dim.
     """
 
+    attends_to = "its row and column at once, repeatedly"
     citation = "Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019 (affinity, aggregation)"
     exponent = 1.5
     smallest = {"recurrence": 1}

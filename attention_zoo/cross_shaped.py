@@ -31,6 +31,7 @@ class CrossShapedAttention(Attention):
         InvalidOption: num_heads is odd.
     """
 
+    attends_to = "a stripe of rows, and one of columns"
     citation = "Dong et al., CSWin Transformer, CVPR 2022 (H-Attention, V-Attention, LePE)"
     impls = ("reference", "sdpa")
     exponent = 1.5

@@ -45,6 +45,7 @@ class DeformableAttention(Attention):
             and point (on in the published model).
     """
 
+    attends_to = "points sampled where the image asks for it"
     citation = "Xia et al., Vision Transformer with Deformable Attention, CVPR 2022, section 3.2 (deformable attention)"
     impls = ("reference", "sdpa")
     exponent = 2

@@ -25,6 +25,7 @@ class DilatedWindowAttention(WindowAttention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
+    attends_to = "a window's worth of tokens, spaced apart"
     citation = "Wang et al., CrossFormer, ICLR 2022 (long-distance attention, LDA), in windows"
     smallest = {"window_size": 2, "dilation": 2}
 

@@ -18,6 +18,7 @@ class FullAttention(Attention):
         impl: ``reference`` writes the attention matrix, ``sdpa`` is PyTorch's fused attention.
     """
 
+    attends_to = "every token"
     citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1 (scaled dot-product attention)"
     impls = ("reference", "sdpa")
     exponent = 2

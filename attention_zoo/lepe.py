@@ -21,6 +21,7 @@ class LePEAttention(FullAttention):
         side_dwconv: kernel of the depthwise convolution, odd; 0 leaves it out.
     """
 
+    attends_to = "every token, plus a local convolution"
     citation = "Dong et al., CSWin Transformer, CVPR 2022 (LePE); BiFormer's Block applies it to the input"
     smallest = {"side_dwconv": 3}
 

@@ -25,6 +25,7 @@ class LinearAttention(Attention):
         qkv_bias: whether the qkv projection has a bias (the published layer has one).
     """
 
+    attends_to = "a summary of all tokens"
     citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020 (linearised attention, feature map elu + 1)"
     impls = ("reference",)
     exponent = 1

@@ -29,6 +29,7 @@ class NeighborhoodAttention(Attention):
             block mask, which is built in every step.
     """
 
+    attends_to = "the tokens around it"
     citation = "Hassani et al., Neighborhood Attention Transformer, CVPR 2023 (neighborhood attention)"
     impls = ("reference", "sdpa", "flex")
     exponent = 1

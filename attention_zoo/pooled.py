@@ -34,6 +34,7 @@ class PooledAttention(Attention):
         qkv_bias: whether the projections to q, k and v have a bias.
     """
 
+    attends_to = "a sub-sampled grid"
     citation = "Wang et al., Pyramid Vision Transformer, ICCV 2021 (SRA); avg: PVT v2, CVMJ 2022 (linear SRA)"
     impls = ("reference", "sdpa")
     exponent = 2

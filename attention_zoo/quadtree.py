@@ -40,6 +40,7 @@ class QuadtreeAttention(Attention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
+    attends_to = "the finest descendants of its best coarse keys"
     citation = "Tang et al., QuadTree Attention for Vision Transformers, ICLR 2022 (QuadTree-B)"
     impls = ("reference", "sdpa")
     exponent = 2

@@ -24,6 +24,7 @@ class ShiftedWindowAttention(WindowAttention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
+    attends_to = "its window, displaced by half a window"
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2 (shifted windows, relative position bias)"
 
     def __init__(

@@ -25,6 +25,7 @@ class SpatiallySeparableAttention(Attention):
         sr_ratio: reduction per side of the second layer's keys and values; published: 8, 4, 2, 1 by stage.
     """
 
+    attends_to = "its window, then a sub-sampled grid"
     citation = "Chu et al., Twins, NeurIPS 2021 (Twins-SVT: LSA, then GSA)"
     impls = ("reference", "sdpa")
     exponent = 2

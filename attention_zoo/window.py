@@ -32,6 +32,7 @@ class WindowAttention(Attention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
+    attends_to = "its window"
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2"
     impls = ("reference", "sdpa")
     exponent = 1

@@ -56,6 +56,7 @@ class BiLevelRoutingAttention(Attention):
             on a CPU, and never what ``auto`` takes where ``sdpa`` can run.
     """
 
+    attends_to = "its region's topk most related regions"
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
     impls = ("reference", "flex", "sdpa")
     smallest = {"n_win": 2, "topk": 1, "side_dwconv": 3}
