@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ablations.replicates import interval
 from attention_zoo import InvalidOption
+from profiling.replicates import interval
 from profiling.rows import KEY, STATUSES, load
 
 TOLERANCE = 0.05

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from profiling.case import Case
+from profiling.replicates import fastest
 from profiling.rows import KEY, as_text
 
 ASIDE = {"sweep", "impl_requested", "seed", "replicate", "device_name", "height", "width", "auto_pad"}
@@ -32,13 +33,14 @@ class Measured:
     """The rows of one device, to be asked for cases."""
 
     def __init__(self, rows: pd.DataFrame) -> None:
+        rows = fastest(rows)
         self._rows = rows[~rows["status"].isin(("predicted", "oom"))]
         self._text = self._rows[list(KEY)].map(as_text)
 
     def latency(self, case: Case) -> Latency:
         """The case's latency; between the two nearest measured grids of its shape by a power law, never beyond them.
 
-        Of several rows of one case, the median counts.
+        Of several processes the fastest counts; of the same case in several sweeps, the median.
         """
         rows = self._same(case)
         rows = rows[(rows["status"] == "ok") & (rows["height"] * case.width == rows["width"] * case.height)]

@@ -33,7 +33,8 @@ class Sweep:
         measured: which cases are run; the others are counted and predicted only.
         most_macs_on_cpu: cases of more MACs per step are predicted only on a CPU, where they would take minutes and
             tell no more than their prediction does.
-        replicates: processes that measure each case, interleaved in random order.
+        replicates: processes that measure each case, interleaved in random order; if several, more of them are asked
+            until the fastest agree (``profiling.replicates``).
         patience: when to stop timing a case.
         timeout: seconds a cell may take.
         oversized: run cells even where they are predicted not to fit the device.

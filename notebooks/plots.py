@@ -18,6 +18,7 @@ import seaborn as sns
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
+from profiling.replicates import fastest
 from profiling.rows import SchemaError
 from profiling.rows import load as load_rows
 
@@ -70,7 +71,7 @@ class Results:
     """The rows of one device.
 
     Attributes:
-        rows: of all its sweeps.
+        rows: of all its sweeps, one per case.
         missing: sweeps that a figure wanted and that have no rows.
     """
 
@@ -103,7 +104,7 @@ def load() -> Results:
     others = [folder for folder in tables if folder != chosen]
     rest = f" Also there: {', '.join(others)}; `ATTENTION_DEVICE` chooses." if others else ""
     say(f"Device: **{' and '.join(tables[chosen]['device_name'].unique())}**, folder `{chosen}`.{rest}")
-    return Results(tables[chosen])
+    return Results(fastest(tables[chosen]))
 
 
 def _preferred(tables: dict[str, pd.DataFrame]) -> str:
