@@ -20,6 +20,7 @@ from torch import Tensor
 from attention_zoo import regions
 from attention_zoo.attend import merge_heads, split_heads
 from attention_zoo.contract import Unsupported
+from attention_zoo.stages import stage
 
 if TYPE_CHECKING:
     from attention_zoo.bra import BiLevelRoutingAttention
@@ -33,28 +34,32 @@ def forward(
 ) -> tuple[Float[Tensor, "b h w c"], Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
     """BRA before its output projection, and its routes; ``side`` regions per side divide the grid."""
     batch, e = x.shape[0], bra.qk_dim
-    tokens = regions.to_regions(x, side, side)
-    weight, bias = bra.qkv.qkv.weight, bra.qkv.qkv.bias
-    # Two products instead of one, so that each result lies by itself in memory.
-    q, kv = F.linear(tokens, weight[:e], bias[:e]), F.linear(tokens, weight[e:], bias[e:])
-    index, strength = bra.router(q.mean(dim=(2, 3)), kv[..., :e].mean(dim=(2, 3)))
-    small = rearrange(bra.kv_down(rearrange(kv, "b p y x d -> (b p) d y x")), "r d y x -> r (y x) d").contiguous()
-    everywhere = torch.arange(batch, device=x.device)[:, None, None] * side**2 + index
-    out = _RoutedAttention.apply(
-        rearrange(q, "b p y x e -> (b p) (y x) e"),
-        small,
-        everywhere.flatten(0, 1),
-        _factor(bra, strength),
-        bra.num_heads,
-        bra.scale,
-        e,
-    )
-    out = rearrange(out, "(b p) (y x) c -> b p y x c", b=batch, y=tokens.shape[2])
+    with stage("bra.project"):
+        tokens = regions.to_regions(x, side, side)
+        weight, bias = bra.qkv.qkv.weight, bra.qkv.qkv.bias
+        # Two products instead of one, so that each result lies by itself in memory.
+        q, kv = F.linear(tokens, weight[:e], bias[:e]), F.linear(tokens, weight[e:], bias[e:])
+        small = rearrange(bra.kv_down(rearrange(kv, "b p y x d -> (b p) d y x")), "r d y x -> r (y x) d").contiguous()
+    with stage("bra.route"):
+        index, strength = bra.router(q.mean(dim=(2, 3)), kv[..., :e].mean(dim=(2, 3)))
+    with stage("bra.attend"):
+        everywhere = torch.arange(batch, device=x.device)[:, None, None] * side**2 + index
+        out = _RoutedAttention.apply(
+            rearrange(q, "b p y x e -> (b p) (y x) e"),
+            small,
+            everywhere.flatten(0, 1),
+            _factor(bra, strength),
+            bra.num_heads,
+            bra.scale,
+            e,
+        )
+        out = rearrange(out, "(b p) (y x) c -> b p y x c", b=batch, y=tokens.shape[2])
+        out = regions.from_regions(out, side, side)
     if bra.lepe is None:
-        return regions.from_regions(out, side, side), index, strength
-    grid = rearrange(regions.from_regions(kv[..., e:], side, side), "b h w c -> b c h w")
-    local = rearrange(bra.lepe(grid), "b c h w -> b h w c")
-    return regions.from_regions(out, side, side) + local, index, strength
+        return out, index, strength
+    with stage("bra.lepe"):
+        grid = rearrange(regions.from_regions(kv[..., e:], side, side), "b h w c -> b c h w")
+        return out + rearrange(bra.lepe(grid), "b c h w -> b h w c"), index, strength
 
 
 def _factor(bra: "BiLevelRoutingAttention", strength: Float[Tensor, "b p k"]) -> Float[Tensor, "r k"] | None:
