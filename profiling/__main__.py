@@ -15,7 +15,7 @@ from attention_zoo.options import Option
 from profiling import environment, isolation, page
 from profiling.arguments import Parser, run_reporting
 from profiling.case import CHOICES, Case, available_impls
-from profiling.cell import Job, profile_operators, theory
+from profiling.cell import Job, breakdown, theory
 from profiling.cell import measure as measure_cell
 
 EXAMPLES = """examples:
@@ -42,17 +42,19 @@ def _run(arguments: list[str]) -> int:
         raise InvalidOption(f"--device {case.device}: {reason}; valid here: cpu")
     if given.trace and not _writable(Path(given.trace)):
         raise InvalidOption(f"--trace {given.trace}: no permission to write there")
-    row, operators = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
+    row, parts = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
     if given.json:
-        print(json.dumps(row | {"heaviest_operators": operators}, indent=2))
+        print(json.dumps(row | parts, indent=2))
     else:
-        page.show(case, row, operators, Console())
+        page.show(case, row, parts, Console())
         if given.trace and row["status"] == "ok":
             print(f"Trace in {given.trace}: make tensorboard DIR={given.trace}, or open it in https://ui.perfetto.dev")
     return 0 if row["status"] == "ok" else 1
 
 
-def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _measure(
+    case: Case, plugins: tuple[str, ...], trace: str | None
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     isolation.start()
     job = Job(case, plugins)
     outcome = isolation.call(theory, job)
@@ -66,11 +68,11 @@ def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[d
         outcome = isolation.call(measure_cell, job)
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
     if row["status"] != "ok":
-        return row, []
-    profiled = isolation.call(profile_operators, job, trace and str(Path(trace).resolve()))
+        return row, {"stages": [], "heaviest_operators": []}
+    profiled = isolation.call(breakdown, job, trace and str(Path(trace).resolve()))
     if trace and profiled.status != "ok":
         raise OSError(f"--trace {trace}: {profiled.reason}")
-    return row, profiled.value or []
+    return row, profiled.value or {}
 
 
 def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
