@@ -43,8 +43,7 @@ def forward(
             # After the reduction: a single fracpool cell need not reach the real tokens of a region.
             None if valid_bps is None else ~valid_bps.any(-1),
         )
-    with stage("bra.lepe"):
-        lepe = _lepe(bra, kv[..., bra.qk_dim :], side, valid)
+    lepe = _lepe(bra, kv[..., bra.qk_dim :], side, valid)
     with stage("bra.attend"):
         routed = _gather(kv_bpsd, index)
         if bra.soft_routing:
@@ -118,7 +117,8 @@ def _lepe(
 ) -> Float[Tensor, "b h w c"] | None:
     if bra.lepe is None:
         return None
-    grid = rearrange(v, "b (r q) y x c -> b c (r y) (q x)", r=side, q=side).contiguous()
-    if valid is not None:
-        grid = grid.masked_fill(~valid, 0.0)
-    return rearrange(bra.lepe(grid), "b c h w -> b h w c")
+    with stage("bra.lepe"):
+        grid = rearrange(v, "b (r q) y x c -> b c (r y) (q x)", r=side, q=side).contiguous()
+        if valid is not None:
+            grid = grid.masked_fill(~valid, 0.0)
+        return rearrange(bra.lepe(grid), "b c h w -> b h w c")
