@@ -121,9 +121,9 @@ def _stages(events: Iterable[FunctionEvent], device: str, backward: bool) -> lis
     ]
 
 
-def _stage_of_nodes(events: Iterable[FunctionEvent]) -> dict[tuple[int, int], str]:
+def _stage_of_nodes(events: Iterable[FunctionEvent]) -> dict[tuple[int | None, int], str]:
     """The stage in which each node of the backward pass was made, by its thread and sequence number."""
-    makers: dict[tuple[int, int], FunctionEvent] = {}
+    makers: dict[tuple[int | None, int], FunctionEvent] = {}
     for event in sorted(events, key=lambda e: e.time_range.start):
         # Operators that make no node show the number of the next one, so the last with a number made it.
         if event.sequence_nr >= 0 and not event.name.startswith(NODE) and event.scope == 0:
@@ -133,8 +133,10 @@ def _stage_of_nodes(events: Iterable[FunctionEvent]) -> dict[tuple[int, int], st
 
 
 def _above(event: FunctionEvent) -> Iterable[FunctionEvent]:
-    while (event := event.cpu_parent) is not None:
-        yield event
+    up = event.cpu_parent
+    while up is not None:
+        yield up
+        up = up.cpu_parent
 
 
 def _is_stage(event: FunctionEvent) -> bool:
