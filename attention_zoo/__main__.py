@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   python -m attention_zoo axial                    what a query depends on
   python -m attention_zoo bra --query 0.4,0.5      where BRA routes it, by topk
   python -m attention_zoo bra --image cat.jpg --query 120,80 --n-win 8 --topk 4
-  python -m attention_zoo bra --image cat.jpg --query 120,80 --stage 3 --block 2 \\
+  python -m attention_zoo bra --image cat.jpg --query 120,80 --stage 2 \\
       --model biformer_small --weights biformer_small.pth
   python -m attention_zoo gallery --output results/figures/reach.png
   python -m attention_zoo bra --help               the options of one attention
@@ -84,8 +84,9 @@ def _routes(
         model = load_model(given.model, given.weights, impl="auto", **chosen)
         stage, block = (default if n is None else n for n, default in ((given.stage, 3), (given.block, 1)))
         found = routes.of_model(model, picture, query, stage, block, topk)
+    path = draw_routes.save(found, picture, query, given.output or ROUTES)
     print(f"routes {found.source}", file=sys.stderr)
-    return draw_routes.save(found, picture, query, given.output or ROUTES)
+    return path
 
 
 def _parser(arguments: list[str]) -> tuple[_Parser, list[str]]:

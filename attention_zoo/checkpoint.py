@@ -48,10 +48,10 @@ def _state_dict(path: str | Path) -> dict[str, Tensor]:
         # Training scripts like to save their arguments beside the weights: plain values, and harmless.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as problem:
-        raise InvalidOption(f"--weights {path}: {problem.strerror or problem}") from problem
     except Exception as problem:
-        # What the bytes of some other file lead to can be any error.
+        # What the bytes of some other file lead to can be any error; one that names the file is about opening it.
+        if isinstance(problem, OSError) and problem.filename is not None:
+            raise InvalidOption(f"--weights {path}: {problem.strerror}") from problem
         why = "not a checkpoint, or one with more than tensors and plain values in it, which could run code"
         raise InvalidOption(f"--weights {path}: {why}; valid: torch.save(model.state_dict(), ...)") from problem
     while isinstance(found, dict) and (inner := next((key for key in WRAPPINGS if key in found), None)):

@@ -91,7 +91,7 @@ def of_model(
     finally:
         hook.remove()
     height, width = picture.shape[1:]
-    source = f"of stage {stage}, block {block}, trained with topk = {bra.topk}"
+    source = f"of stage {stage}, block {block}, whose topk is {bra.topk}"
     if x.shape[2:] != (height, width):
         source += f"; picture resized from {height} x {width} to {x.shape[2]} x {x.shape[3]}"
     return Routes(*_routes(bra, seen[0], picture, query, topk), source)

@@ -19,11 +19,11 @@ from profiling.cell import Job, breakdown, theory
 from profiling.cell import measure as measure_cell
 
 EXAMPLES = """examples:
-  python -m profiling --attention bra --height 56 --width 56 --dim 64 --num-heads 2 --n-win 7 --topk 4
-  python -m profiling --attention bra --kv-downsample-mode avgpool --kv-downsample-ratio 2 --mode forward_backward
+  python -m profiling --attention bra --height 56 --width 56 --n-win 7 --topk 4
+  python -m profiling --kv-downsample-mode avgpool --mode forward_backward
   python -m profiling --attention window --window-size 8 --impl sdpa --json
-  python -m profiling --model biformer_small --height 224 --width 224 --trace traces/small
-  python -m profiling --attention bra --help          the options of one attention
+  python -m profiling --model biformer_small --trace traces/small
+  python -m profiling --attention bra --help       the options of one attention
 """
 INVALID = f"{InvalidOption.__name__}: "
 """How the reason of a cell begins that was refused for its options."""
@@ -42,13 +42,16 @@ def _run(arguments: list[str]) -> int:
         raise InvalidOption(f"--device {case.device}: {reason}; valid here: cpu")
     if given.trace and not _writable(Path(given.trace)):
         raise InvalidOption(f"--trace {given.trace}: no permission to write there")
-    row, parts = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
+    with Console(stderr=True).status("measuring, in processes of its own"):
+        row, parts = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
     if given.json:
         print(json.dumps(row | parts, indent=2))
     else:
         page.show(case, row, parts, Console())
         if given.trace and row["status"] == "ok":
-            print(f"Trace in {given.trace}: make tensorboard DIR={given.trace}, or open it in https://ui.perfetto.dev")
+            print(f"Trace in {given.trace}, for https://ui.perfetto.dev or\nmake tensorboard DIR={given.trace}")
+            if case.device == "cuda":
+                print("Memory snapshot beside it, for https://docs.pytorch.org/memory_viz")
     return 0 if row["status"] == "ok" else 1
 
 
@@ -86,7 +89,7 @@ def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
         raise InvalidOption(f"unknown model {chosen.model!r}; valid: {', '.join(MODELS)}")
     parser = Parser(
         prog="python -m profiling", epilog=EXAMPLES,
-        description="Cost, memory, latency and heaviest operators of one attention or model, at one size.",
+        description="Cost, memory, latency, stages and heaviest operators of one attention or\nmodel, at one size.",
     )  # fmt: skip
     _add_choice(parser)
     _add_common(parser, chosen)

@@ -1,39 +1,33 @@
 """A profile of one configuration: its stages and heaviest operators, and a trace for TensorBoard and Perfetto."""
 
-import re
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from profiling import stages
 from profiling.workload import Workload
 
 ACTIVE = 3
-STAGE = re.compile(r"[A-Za-z_]\w*\.\w+")
-"""How a stage is named: ``attention.stage``; other ranges are those of PyTorch itself."""
-NODE = "autograd::engine::evaluate_function"
 
 
 def breakdown(work: Workload, device: str) -> dict[str, list[dict[str, Any]]]:
     """Where the time of a step goes, over three steps under the profiler, which slows them a little.
 
     Returns:
-        ``stages``: per ``record_function`` range named ``attention.stage`` its ``name``, ``forward_ms`` and
-        ``backward_ms`` (None without a backward pass) per step, and their ``share`` of the step; wall time on a
-        CPU, kernel time on a GPU. Empty where the module names no stages.
+        ``stages``: as profiling.stages.shares gives them; empty where the module names none.
         ``heaviest_operators``: the ten with the most time of their own: ``name``, ``calls`` per step, ``self_ms``
         per step and ``share`` of all operators.
     """
     profiler = _profile(work, device)
     return {
-        "stages": _stages(profiler.events(), device, work.mode == "forward_backward"),
+        "stages": stages.shares(profiler.events(), ACTIVE, device, work.mode == "forward_backward"),
         "heaviest_operators": _heaviest(profiler, device),
     }
 
@@ -93,58 +87,6 @@ def sdpa_backend(step: Callable[[], object]) -> str | None:
     prefix = "_scaled_dot_product_"
     kernels = [n.removeprefix(prefix) for n in seen.names if n.startswith(prefix) and not n.endswith("_backward")]
     return " ".join(sorted(kernels)) or None
-
-
-def _stages(events: Iterable[FunctionEvent], device: str, backward: bool) -> list[dict[str, Any]]:
-    # Ranges and kernels stand a second time on the GPU's own time line.
-    events = [e for e in events if e.device_type == DeviceType.CPU]
-    clock = "device_time_total" if device == "cuda" else "cpu_time_total"
-    forward = {e.name: 0.0 for e in events if _is_stage(e)}
-    for event in filter(_is_stage, events):
-        forward[event.name] += getattr(event, clock)
-    owner = _stage_of_nodes(events)
-    behind = dict.fromkeys(forward, 0.0)
-    for event in events:
-        name = owner.get((event.fwd_thread, event.sequence_nr))
-        # A node inside another recomputes a part of the forward pass: its time is in the outer one's.
-        if name and event.name.startswith(NODE) and not any(up.name.startswith(NODE) for up in _above(event)):
-            behind[name] += getattr(event, clock)
-    total = sum(e.self_device_time_total for e in events) if device == "cuda" else _wall(events)
-    return [
-        {
-            "name": name,
-            "forward_ms": forward[name] / 1e3 / ACTIVE,
-            "backward_ms": behind[name] / 1e3 / ACTIVE if backward else None,
-            "share": (forward[name] + behind[name]) / (total or 1.0),
-        }
-        for name in forward
-    ]
-
-
-def _stage_of_nodes(events: Iterable[FunctionEvent]) -> dict[tuple[int | None, int], str]:
-    """The stage in which each node of the backward pass was made, by its thread and sequence number."""
-    makers: dict[tuple[int | None, int], FunctionEvent] = {}
-    for event in sorted(events, key=lambda e: e.time_range.start):
-        # Operators that make no node show the number of the next one, so the last with a number made it.
-        if event.sequence_nr >= 0 and not event.name.startswith(NODE) and event.scope == 0:
-            makers[event.thread, event.sequence_nr] = event
-    found = {key: next((up.name for up in _above(maker) if _is_stage(up)), None) for key, maker in makers.items()}
-    return {key: name for key, name in found.items() if name is not None}
-
-
-def _above(event: FunctionEvent) -> Iterable[FunctionEvent]:
-    up = event.cpu_parent
-    while up is not None:
-        yield up
-        up = up.cpu_parent
-
-
-def _is_stage(event: FunctionEvent) -> bool:
-    return bool(event.is_user_annotation and STAGE.fullmatch(event.name))
-
-
-def _wall(events: Iterable[FunctionEvent]) -> float:
-    return sum(e.cpu_time_total for e in events if e.name.startswith("ProfilerStep"))
 
 
 def _heaviest(profiler: profile, device: str) -> list[dict[str, Any]]:

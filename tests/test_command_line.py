@@ -247,6 +247,13 @@ def test_help_helps(capsys: pytest.CaptureFixture[str], which: str, arguments: t
     assert told in shown.out and "examples:" in shown.out and shown.err == ""
 
 
+def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (["--help"], ["--model", "biformer_tiny", "--help"]):
+        outcome(profiler.main, arguments)
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_help_names_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     outcome(profiler.main, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -301,6 +308,9 @@ def test_json_holds_the_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["memory_predicted_bytes"] == row["memory_peak_bytes"] > row["memory_base_bytes"]
     assert 0 < row["latency_low_ms"] <= row["latency_p50_ms"] <= row["latency_high_ms"]
     assert 1 <= len(row["heaviest_operators"]) <= 10
+    stages = {stage["name"]: stage["share"] for stage in row["stages"]}
+    assert set(stages) == {"bra.project", "bra.route", "bra.attend", "bra.lepe", "bra.output"}
+    assert 0 < sum(stages.values()) <= 1
 
 
 def test_the_page_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
