@@ -40,14 +40,15 @@ def figure_of(routes: Routes, picture: Float[Tensor, "3 h w"], query: tuple[int,
     panels = 1 + len(routes.ranked)
     columns = min(panels, 3)
     rows = math.ceil(panels / columns)
-    height = 2.9 * min(2.0, max(0.5, picture.shape[1] / picture.shape[2])) + 0.2
-    figure = Figure(figsize=(2.9 * columns + 0.9, height * rows + 1.0), layout="constrained")
+    width = 8.7 / columns
+    height = width * min(2.0, max(0.5, picture.shape[1] / picture.shape[2])) + 0.2
+    figure = Figure(figsize=(width * columns + 0.9, height * rows + 1.0), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, topk in zip(grid.flat, (None, *routes.ranked), strict=False):
         _panel(axes, routes, picture, query, topk)
-    figure.suptitle("\n".join(textwrap.wrap(f"Routes of BRA {routes.source}", 34 * columns)), fontsize=10)
+    figure.suptitle("\n".join(textwrap.wrap(f"Routes of BRA {routes.source}", 100)), fontsize=10)
     _legend(figure, list(grid.flat))
     return figure
 
@@ -126,7 +127,7 @@ def _legend(figure: "Figure", panels: "list[Axes]") -> None:
     scale = ScalarMappable(cmap="viridis")
     scale.set_clim(0, 1)
     bar = figure.colorbar(scale, ax=panels, location="right", shrink=0.6, aspect=30, pad=0.02)
-    bar.set_label("outline: routing weight over the largest of the panel", fontsize=8)
+    bar.set_label("outline: weight over\nthe panel's largest", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     handles = (
         Line2D([], [], marker="o", linestyle="none", color=QUERY, markeredgecolor="white", label="query"),

@@ -294,8 +294,8 @@ def test_routes_are_drawn_where_asked(
         "routes of stage 3, block 1, whose topk is 16; picture resized from 64 x 130 to 64 x 128",
     ]
     sizes = [Image.open(tmp_path / path).size for path in shown.out.split()]
-    # Three columns of panels against two.
-    assert sizes[0][0] > sizes[1][0] > 300
+    # Two rows of panels against one.
+    assert sizes[0][0] == sizes[1][0] == 960 and sizes[0][1] > sizes[1][1] > 300
 
 
 def test_what_is_drawn_is_what_was_found() -> None:
