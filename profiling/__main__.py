@@ -17,6 +17,7 @@ from profiling.arguments import Parser, run_reporting
 from profiling.case import CHOICES, Case, available_impls
 from profiling.cell import Job, breakdown, theory
 from profiling.cell import measure as measure_cell
+from profiling.rows import agree
 
 EXAMPLES = """examples:
   python -m profiling --attention bra --height 56 --width 56 --n-win 7 --topk 4
@@ -70,6 +71,7 @@ def _measure(
     if outcome.status == "ok":
         outcome = isolation.call(measure_cell, job)
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
+        row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row.get("macs_fvcore"))
     if row["status"] != "ok":
         return row, {"stages": [], "heaviest_operators": []}
     profiled = isolation.call(breakdown, job, trace and str(Path(trace).resolve()))
