@@ -106,14 +106,24 @@ def _parser(arguments: list[str]) -> tuple[_Parser, list[str]]:
         allow_abbrev=False,
     )
     _add_common(parser)
-    group = parser.add_argument_group(f"options of {chosen}")
-    for name, option in declared.items():
+    if chosen:
+        _add_options(parser, chosen, declared)
+    return parser, list(declared)
+
+
+def _add_options(parser: _Parser, name: str, declared: dict[str, Option]) -> None:
+    group = parser.add_argument_group(f"options of {name}")
+    taken = {flag for action in parser._actions for flag in action.option_strings}
+    for option in declared.values():
+        flag = f"--{option.name.replace('_', '-')}"
+        if flag in taken:
+            valid = ", ".join(sorted(taken))
+            raise InvalidOption(f"option {option.name!r} of {name!r} has the name of a flag; taken: {valid}")
         text = f"{option.describe()} (default: {option.default})".replace("%", "%%")
         group.add_argument(
-            f"--{name.replace('_', '-')}", type=_value_of(option), metavar=name.upper().rsplit("_")[-1],
-            default=argparse.SUPPRESS, help=text,
+            flag, type=_value_of(option), metavar=option.name.upper().rsplit("_")[-1], default=argparse.SUPPRESS,
+            nargs="?" if option.default is False else None, const=True if option.default is False else None, help=text,
         )  # fmt: skip
-    return parser, list(declared)
 
 
 def _add_common(parser: _Parser) -> None:

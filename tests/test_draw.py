@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import attention_zoo.__main__ as command
-from attention_zoo import MODELS, InvalidOption, draw, draw_routes, names, options, routes
+from attention_zoo import MODELS, InvalidOption, draw, draw_routes, names, options, registry, routes
 from attention_zoo.bra import BiLevelRoutingAttention
 from attention_zoo.checkpoint import load_model
 from attention_zoo.models import BiFormer
@@ -364,6 +364,29 @@ def test_the_reach_is_drawn(
     shown = capsys.readouterr()
     assert shown.out == "bra.png\nw.png\n" and shown.err == ""
     assert all(Image.open(tmp_path / path).size == (750, 810) for path in ("bra.png", "w.png"))
+
+
+def test_a_plugin_is_drawn_or_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+    plugin = tmp_path / "drawn_plugin.py"
+    plugin.write_text(
+        "from torch import nn\nfrom attention_zoo import register\n"
+        "@register('near')\nclass Near(nn.Module):\n"
+        "    def __init__(self, dim: int, num_heads: int, impl: str = 'auto', *, reach: int = 3, flip: bool = False):\n"
+        "        super().__init__()\n"
+        "        self.mix = nn.Conv2d(dim, dim, reach, padding=reach // 2, groups=dim)\n"
+        "    def forward(self, x):\n"
+        "        return self.mix(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)\n"
+        "@register('clash')\nclass Clash(Near):\n"
+        "    def __init__(self, dim: int, num_heads: int, *, image: int = 3):\n        pass\n"
+    )
+    given = ["--plugin", str(plugin), "near", "--reach", "5", "--flip", "--output", str(tmp_path / "near.png")]
+    assert command.main(given) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'near.png'}\n"
+    # The first run has registered it.
+    assert "option 'image' of 'clash' has the name of a flag; taken: " in refused(capsys, "clash")
 
 
 @pytest.mark.parametrize("name", ["", *names()])
