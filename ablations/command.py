@@ -3,6 +3,8 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich import box
@@ -11,8 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ablations import summary
-from ablations.launch import Launcher, LaunchError, Settings
+from ablations import slurm, summary
+from ablations.devices import LaunchError
+from ablations.launch import Launcher, Settings
 from ablations.store import StoreError, check_results_folder
 from ablations.sweep import Sweep, select
 from attention_zoo import InvalidOption, load_plugin
@@ -25,6 +28,11 @@ EXAMPLES = """examples:
   python run_all.py --smoke --results /tmp/try     a minute's version of everything
   python run_all.py --only resolution --dry-run    what would run, and what would not fit
   python run_all.py --plugin my_attention.py       your own attention beside the others
+  python run_all.py --device cuda --gpus 0,2       on two of this machine's GPUs
+  python run_all.py --launcher slurm --slurm partition=gpu,gpus_per_node=1,time=120 --shards 8
+                                                   on a Slurm cluster, as eight tasks
+
+On Slurm, the same command finds its tasks again, whatever became of it meanwhile.
 """
 
 
@@ -48,7 +56,36 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again too")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--gpus", metavar="N,...", type=_numbers, default=(), help="these GPUs, as nvidia-smi numbers them"
+    )
+    parser.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="where cells run; default: local"
+    )
+    parser.add_argument(
+        "--slurm", metavar="KEY=VALUE,...", default="", help="options of sbatch, the time in minutes; default: time=60"
+    )
+    parser.add_argument("--shards", type=_at_least_one, default=8, metavar="N", help="tasks on Slurm; default: 8")
+    options = parser.parse_args(arguments)
+    if options.launcher == "local" and options.slurm:
+        raise InvalidOption("--slurm is for --launcher slurm")
+    if options.launcher == "slurm" and (options.gpus or options.dry_run):
+        raise InvalidOption(
+            "--gpus and --dry-run are for --launcher local; on Slurm, --slurm gpus_per_node=1 asks for GPUs"
+        )
+    return options
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; valid: such as 0,2")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid: an integer >= 1")
+    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -57,14 +94,19 @@ def _run(options: argparse.Namespace) -> int:
     sweeps = select(options.only)
     if options.list:
         return _list(sweeps)
+    given = slurm.options(options.slurm)
     if options.device == "auto":
-        options.device = "cpu" if check_device("cuda") else "cuda"
-    if reason := check_device(options.device):
-        raise InvalidOption(f"--device {options.device}: {reason}; valid here: cpu, auto")
+        there = slurm.on_gpus(given) if options.launcher == "slurm" else not check_device("cuda")
+        options.device = "cuda" if there else "cpu"
     settings = Settings(
         options.device, options.results, options.smoke, options.fresh, options.retry_failed,
-        tuple(str(Path(plugin).resolve()) for plugin in options.plugin),
+        tuple(str(Path(plugin).resolve()) for plugin in options.plugin), options.gpus,
     )  # fmt: skip
+    if options.launcher == "slurm":
+        check_results_folder(options.results)
+        return _campaign(slurm.Campaign(settings, sweeps, given, options.shards))
+    if reason := check_device(options.device):
+        raise InvalidOption(f"--device {options.device}: {reason}; valid here: cpu, auto")
     if options.dry_run:
         return _dry_run(Launcher(settings), sweeps)
     check_results_folder(options.results)
@@ -90,23 +132,52 @@ def _dry_run(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
             table.add_row(escape(str(case)), "" if size is None else f"{size / 2**20:,.1f}", escape(will))
             cells += 1
         console.print(table)
-    print(f"{cells} cells on {launcher.facts['device_name']}, {launcher.available / 2**30:.1f} GiB free")
+    print(f"{cells} cells on {launcher.facts['device_name']}, {launcher.devices[0].available / 2**30:.1f} GiB free")
     return 0
 
 
 def _measure(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
-    console = Console(stderr=True)
     start = time.perf_counter()
+    with _progress() as tell:
+        for cell, number, total in launcher.run(sweeps):
+            tell(number, total, f"{cell.sweep}: {cell.case}", f"[{number + 1}/{total}] ")
+    summary.show(launcher.report, time.perf_counter() - start)
+    return 0
+
+
+def _campaign(campaign: slurm.Campaign) -> int:
+    start = time.perf_counter()
+    try:
+        with _progress() as tell:
+            for state in campaign.run():
+                tell(state.done, state.total, str(state), f"[{state.done}/{state.total}] ")
+    except KeyboardInterrupt:
+        print(f"the tasks go on without this; to end them: scancel --name={campaign.name}", file=sys.stderr)
+        raise
+    finally:
+        if campaign.report.files:
+            summary.show(campaign.report, time.perf_counter() - start)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str, str], None]]:
+    """Yields what shows how far a run is: a bar on a terminal, or else a line for whatever is new."""
+    console = Console(stderr=True)
     columns = (
         BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True),
         TextColumn("{task.description}", markup=False),
     )  # fmt: skip
+    said = ""
     with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=1) as progress:
         task = progress.add_task("planning")
-        for cell, number, total in launcher.run(sweeps):
-            progress.update(task, total=total, completed=number, description=f"{cell.sweep}: {cell.case}")
-            if not console.is_terminal:
-                print(f"[{number + 1}/{total}] {cell.sweep}: {cell.case}", file=sys.stderr, flush=True)
+
+        def tell(number: int, total: int, what: str, where: str) -> None:
+            nonlocal said
+            progress.update(task, total=total, completed=number, description=what)
+            if not console.is_terminal and where + what != said:
+                said = where + what
+                print(said, file=sys.stderr, flush=True)
+
+        yield tell
         progress.update(task, completed=progress.tasks[0].total, description="done")
-    summary.show(launcher.report, time.perf_counter() - start)
-    return 0

@@ -51,7 +51,7 @@ class Store:
         self.merge([check(row)])
 
     def merge(self, rows: Iterable[list[str]]) -> None:
-        """Put rows, as :func:`profiling.rows.check` gives them, on disk; later ones replace earlier ones of their key."""
+        """Put rows, as :func:`profiling.rows.check` gives them, on disk; a later one replaces one of its key."""
         latest = {_key(text): text for text in rows}
         new = {key: text for key, text in latest.items() if key not in self._status}
         with _explained(self.path):

@@ -279,11 +279,9 @@ def _parsed(name: str, text: str) -> Any:
         raise SchemaError(f"row: column {name} holds what is no {KINDS[name]}: {problem}") from problem
     value = None if _missing(value) else value
     nullable, allowed, least = LIMITS[name]
-    if value is None:
-        fine = nullable
-    else:
-        fine = (allowed is None or value in allowed) and (least is None or value >= least)
-    if not fine:
+    missing = value is None and not nullable
+    wrong = value is not None and (value not in (allowed or (value,)) or (least is not None and value < least))
+    if missing or wrong:
         raise SchemaError(f"row: column {name} cannot be {text!r}")
     return value
 

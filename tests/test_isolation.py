@@ -74,7 +74,7 @@ def fault_run(own_registry: None, tmp_path_factory: pytest.TempPathFactory) -> p
         timeout=TIMEOUT,
     )
     launcher = Launcher(Settings(results=tmp_path_factory.mktemp("faults"), plugins=(FAULTS,)))
-    launcher.available = 3 << 29
+    launcher.devices[0].available = 3 << 29
     launcher.folder.mkdir(parents=True)
     (launcher.folder / "peaks.csv").write_text(PEAKS)
     for _ in launcher.run({"faults": sweep}):

@@ -1,0 +1,99 @@
+"""Which cell is counted or timed when: one at a time on each device, and nothing beside a CPU that is timed."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
+
+from ablations.devices import Device, ending
+
+AHEAD = 64
+"""Cells counted and not yet timed, at most: what a run holds in memory does not grow with it."""
+Row = dict[str, Any]
+
+
+class Task(Protocol):
+    """What can be scheduled: it says which devices may take it."""
+
+    @property
+    def group(self) -> str:
+        """The name of these devices."""
+
+
+T = TypeVar("T", bound=Task)
+
+
+def schedule(
+    cells: Iterable[T],
+    count: Callable[[T], Row],
+    measure: Callable[[T, Row, Device], Row],
+    groups: Mapping[str, Sequence[Device]],
+    beside: bool,
+) -> Iterator[tuple[bool, T, Row]]:
+    """Count every cell, then measure those whose status is ``measure``, on any device of their group.
+
+    Args:
+        beside: whether cells may be counted while others are measured, as on GPUs.
+
+    Yields:
+        In the caller's thread, (False, cell, row) before a cell is measured and (True, cell, row) when it is done;
+        both at once where counting is all there is to it.
+    """
+    idle = {group: list(devices) for group, devices in groups.items()}
+    workers = sum(map(len, idle.values()))
+    todo, ready = iter(cells), deque[tuple[T, Row]]()
+    counting: dict[Future[Row], T] = {}
+    measuring: dict[Future[Row], tuple[T, Device]] = {}
+    with _pool(_processors() - (workers if beside else 0)) as counters, _pool(workers) as measurers:
+        while True:
+            while (beside or not (ready or measuring)) and len(counting) + len(ready) < AHEAD:
+                if (cell := next(todo, None)) is None:
+                    break
+                counting[counters.submit(count, cell)] = cell
+            for cell, row in _can_start(ready, idle) if beside or not counting else ():
+                yield False, cell, row
+                device = idle[cell.group].pop()
+                measuring[measurers.submit(measure, cell, row, device)] = cell, device
+            if not counting and not measuring:
+                return
+            for future in wait([*counting, *measuring], return_when=FIRST_COMPLETED).done:
+                row = future.result()
+                if future in measuring:
+                    cell, device = measuring.pop(future)
+                    idle[cell.group].append(device)
+                    yield True, cell, row
+                elif row["status"] == "measure":
+                    ready.append((counting.pop(future), row))
+                else:
+                    cell = counting.pop(future)
+                    yield False, cell, row
+                    yield True, cell, row
+
+
+def _can_start(ready: deque[tuple[T, Row]], idle: Mapping[str, list[Device]]) -> Iterator[tuple[T, Row]]:
+    """Take from ``ready`` what has an idle device; the order stays."""
+    for _ in range(len(ready)):
+        cell, row = ready.popleft()
+        if idle[cell.group]:
+            yield cell, row
+        else:
+            ready.append((cell, row))
+
+
+class _pool(ThreadPoolExecutor):
+    """Threads that are gone when the block is left, with what they were at if it is left early."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(max(1, threads))
+
+    def __exit__(self, kind: Any, problem: Any, traceback: Any) -> None:
+        self.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            with ending():
+                self.shutdown(wait=True)
+
+
+def _processors() -> int:
+    # Those this process may use; not every system says.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
