@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ablations.store import FAILED, Store, exclusive, read
 from profiling.rows import KEY
 
 
-def merge(campaign: Path, settings: Settings, report: Report) -> None:
+def merge(campaign: Path, settings: Settings, sweeps: Iterable[str], report: Report) -> None:
     """Put every row of the campaign's shards into ``<results>/<device>/<sweep>.csv``; done twice, it changes nothing.
 
     Raises:
@@ -36,7 +37,7 @@ def merge(campaign: Path, settings: Settings, report: Report) -> None:
             for sweep in sorted(sweep for of, sweep in rows if of == model):
                 store = _store(campaign, settings, model, sweep)
                 store.merge(sorted(rows[model, sweep], key=lambda row: order[place_of(row)]))
-    _tell(rows, campaign, settings, report)
+    _tell(rows, campaign, settings, sweeps, report)
 
 
 def _store(campaign: Path, settings: Settings, model: str, sweep: str) -> Store:
@@ -49,16 +50,18 @@ def _store(campaign: Path, settings: Settings, model: str, sweep: str) -> Store:
     return store
 
 
-def _tell(rows: dict[tuple[str, str], list[list[str]]], campaign: Path, settings: Settings, report: Report) -> None:
-    latest = {place_of(row): row[len(KEY)] for found in rows.values() for row in found}
+def _tell(
+    rows: Mapping[tuple[str, str], list[list[str]]],
+    campaign: Path,
+    settings: Settings,
+    sweeps: Iterable[str],
+    report: Report,
+) -> None:
     models = sorted({model for model, _ in rows} | set(record(campaign).get("models", [])))
     keep(campaign, models=models)
-    report.statuses.clear()
-    report.statuses.update(latest.values())
-    sweeps = {sweep for _, sweep in rows}
-    report.files[:] = sorted(
-        path for model in models for path in (settings.results / model).glob("*.csv") if path.stem in sweeps
-    )
+    report.statuses = Counter({place_of(row): row[len(KEY)] for found in rows.values() for row in found}.values())
+    paths = (settings.results / model / f"{sweep}.csv" for model in models for sweep in sweeps)
+    report.files = [path for path in paths if path.exists()]
 
 
 def finished(models: list[str], settings: Settings) -> set[str]:

@@ -47,26 +47,28 @@ def schedule(
     measuring: dict[Future[Row], tuple[T, Device]] = {}
     with _pool(_processors() - (workers if beside else 0)) as counters, _pool(workers) as measurers:
         while True:
-            while (beside or not (ready or measuring)) and len(counting) + len(ready) < AHEAD:
-                if (cell := next(todo, None)) is None:
-                    break
-                counting[counters.submit(count, cell)] = cell
             for cell, row in _can_start(ready, idle) if beside or not counting else ():
                 yield False, cell, row
                 device = idle[cell.group].pop()
                 measuring[measurers.submit(measure, cell, row, device)] = cell, device
+            while (beside or not (ready or measuring)) and len(counting) + len(ready) < AHEAD:
+                if (cell := next(todo, None)) is None:
+                    break
+                counting[counters.submit(count, cell)] = cell
             if not counting and not measuring:
                 return
-            for future in wait([*counting, *measuring], return_when=FIRST_COMPLETED).done:
-                row = future.result()
-                if future in measuring:
-                    cell, device = measuring.pop(future)
-                    idle[cell.group].append(device)
-                    yield True, cell, row
-                elif row["status"] == "measure":
-                    ready.append((counting.pop(future), row))
+            # In the order of the cells: what is counted waits for what came before it.
+            first = next(iter(counting), None)
+            wait([*filter(None, [first]), *measuring], return_when=FIRST_COMPLETED)
+            for future in [future for future in measuring if future.done()]:
+                cell, device = measuring.pop(future)
+                idle[cell.group].append(device)
+                yield True, cell, future.result()
+            while counting and (first := next(iter(counting))).done():
+                cell, row = counting.pop(first), first.result()
+                if row["status"] == "measure":
+                    ready.append((cell, row))
                 else:
-                    cell = counting.pop(future)
                     yield False, cell, row
                     yield True, cell, row
 

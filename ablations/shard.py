@@ -82,7 +82,7 @@ class Shard:
 
 
 def work(folder: str) -> None:
-    """The task: run what is left of a shard. Slurm's signals end it at once or, near the limit, after the cell in hand."""
+    """The task: run what is left of a shard. Slurm's signals end it: near the limit, after the cell in hand."""
     shard = Shard(Path(folder))
     settings, dealt = shard.order()
     for plugin in settings.plugins:

@@ -104,9 +104,9 @@ class Campaign:
         with exclusive(self.folder):
             if self._record().get("finished", True):
                 self._start()
-            merging.merge(self.folder, self.settings, self.report)
+            merging.merge(self.folder, self.settings, self.sweeps, self.report)
             undone = yield from self._watch()
-            merging.merge(self.folder, self.settings, self.report)
+            merging.merge(self.folder, self.settings, self.sweeps, self.report)
             if undone:
                 raise LaunchError(undone)
             self._keep(finished=True)
@@ -211,10 +211,11 @@ class Campaign:
 
     def _undone(self, shards: list[int], cells: int) -> str:
         logs = sorted((self.folder / "logs").glob("*.err"), key=lambda path: path.stat().st_mtime)
-        said = logs[-1].read_text().strip().splitlines() if logs else []
+        lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
+        said = [line for line in lines if "rror" in line][-1:] or lines[-1:] or ["nothing"]
         return (
-            f"{cells} cells are undone: {len(shards)} tasks ended {TRIES} times without a row more; "
-            f"last: {said[-1] if said else 'no word'} ({logs[-1] if logs else self.folder})"
+            f"{cells} cells are undone: {len(shards)} tasks ended {TRIES} times without one more done; "
+            f"the last said: {said[0]} ({logs[-1] if logs else self.folder})"
         )
 
     def _record(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pytest
 from ablations import command, slurm, sweep
 from ablations.shard import Shard
 from ablations.sweep import Sweep
-from attention_zoo import InvalidOption, load_plugin, registry
+from attention_zoo import load_plugin, registry
 from profiling import environment
 from profiling.latency import QUICK
 from profiling.rows import KEY, load
@@ -179,6 +179,12 @@ def attempts(results: Path) -> int:
     return sum(len(Shard(folder).attempts()) for folder in (campaign / "shards").iterdir())
 
 
+def ends(results: Path) -> list[dict[str, Any]]:
+    shards = [Shard(folder) for folder in results.glob("slurm/*/shards/*")]
+    lines = [line for shard in shards for attempt in shard.attempts() for line in shard.journal(attempt)]
+    return [line for line in lines if "end" in line]
+
+
 def every_key_once(table: pd.DataFrame, cells: int) -> bool:
     return len(table) == cells and not table.duplicated(list(KEY)).any()
 
@@ -219,13 +225,14 @@ def test_a_cancelled_task_and_a_killed_driver_cost_nothing(
         driver.wait()
     finally:
         driver.kill()
-    (cancelled, *_) = ask("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%A").split()
+    (cancelled, *_) = ask("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").split()
     subprocess.run(["scancel", cancelled], check=True)
     assert run(monkeypatch, of(names, seeds), *arguments(tmp_path, 2)) == 0
     table = load(folder / "campaign.csv")
     assert every_key_once(table, 12) and set(table["status"]) == {"ok"}
     # Two tasks, and one more for what the cancelled one left.
     assert attempts(tmp_path) == 3
+    assert sorted(end["end"] for end in ends(tmp_path)) == ["SIGTERM", "done", "done"]
 
 
 def lines(path: Path) -> int:

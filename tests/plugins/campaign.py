@@ -1,4 +1,4 @@
-"""What a campaign is tried with: a cell that works, one that crashes, one that takes its task with it, one that waits."""
+"""What campaigns are tried with: cells that work, crash, take their task with them, or take their time."""
 
 import os
 import signal
