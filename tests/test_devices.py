@@ -184,17 +184,17 @@ def test_a_failure_of_the_run_ends_the_cells_at_once(tmp_path: Path) -> None:
     pieces = [Piece(0), Piece(2)]
 
     def measure(piece: Piece, row: dict[str, Any], device: Device) -> dict[str, Any]:
-        return {"status": device.call(time.sleep, 600).status}
+        code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(600)"
+        return {"status": device.call(exec, code).status}
 
     running = schedule(pieces, lambda piece: {"status": "measure"}, measure, {"a": given}, beside=True)
+    # As the second begins to be measured, the first already is.
+    assert [next(running)[0], next(running)[0]] == [False, False]
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
     begin = time.monotonic()
     with pytest.raises(StoreError):
-        for done, _, _ in running:
-            assert not done
-            while not list(tmp_path.glob("*.lock")):
-                time.sleep(0.01)
-            time.sleep(0.2)
-            running.throw(StoreError("the disk is full"))
+        running.throw(StoreError("the disk is full"))
     assert time.monotonic() - begin < 60
 
 
