@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ablations import slurm, summary
+from ablations.campaign import Campaign
 from ablations.devices import LaunchError
 from ablations.launch import Launcher, Settings
 from ablations.store import StoreError, check_results_folder
@@ -24,15 +25,16 @@ from profiling.environment import check_device
 from profiling.isolation import StartError
 
 EXAMPLES = """examples:
-  python run_all.py                                all sweeps on this machine
-  python run_all.py --smoke --results /tmp/try     a minute's version of everything
-  python run_all.py --only resolution --dry-run    what would run, and what would not fit
-  python run_all.py --plugin my_attention.py       your own attention beside the others
-  python run_all.py --device cuda --gpus 0,2       on two of this machine's GPUs
-  python run_all.py --launcher slurm --slurm partition=gpu,gpus_per_node=1,time=120 --shards 8
-                                                   on a Slurm cluster, as eight tasks
+  python run_all.py                               all sweeps on this machine
+  python run_all.py --smoke --results /tmp/try    all of it, small, in a minute
+  python run_all.py --only resolution --dry-run   what would run, and fit
+  python run_all.py --plugin my_attention.py      your own beside the others
+  python run_all.py --device cuda --gpus 0,2      on two GPUs of this machine
+  python run_all.py --launcher slurm --shards 8 \\
+      --slurm partition=gpu,gpus_per_node=1,time=120
+                                                  on a cluster, as eight tasks
 
-On Slurm, the same command finds its tasks again, whatever became of it meanwhile.
+On Slurm, the same command finds its tasks again if it was ended meanwhile.
 """
 
 
@@ -104,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if options.launcher == "slurm":
         check_results_folder(options.results)
-        return _campaign(slurm.Campaign(settings, sweeps, given, options.shards))
+        return _campaign(Campaign(settings, sweeps, given, options.shards))
     if reason := check_device(options.device):
         raise InvalidOption(f"--device {options.device}: {reason}; valid here: cpu, auto")
     if options.dry_run:
@@ -145,14 +147,14 @@ def _measure(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
     return 0
 
 
-def _campaign(campaign: slurm.Campaign) -> int:
+def _campaign(campaign: Campaign) -> int:
     start = time.perf_counter()
     try:
         with _progress() as tell:
             for state in campaign.run():
                 tell(state.done, state.total, str(state), f"[{state.done}/{state.total}] ")
     except KeyboardInterrupt:
-        print(f"the tasks go on without this; to end them: scancel --name={campaign.name}", file=sys.stderr)
+        print(f"the tasks go on without this; to end them: scancel --name={campaign.folder.name}", file=sys.stderr)
         raise
     finally:
         if campaign.report.files:

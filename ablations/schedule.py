@@ -1,5 +1,6 @@
 """Which cell is counted or timed when: one at a time on each device, and nothing beside a CPU that is timed."""
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,14 +53,13 @@ def schedule(
                 device = idle[cell.group].pop()
                 measuring[measurers.submit(measure, cell, row, device)] = cell, device
             while (beside or not (ready or measuring)) and len(counting) + len(ready) < AHEAD:
-                if (cell := next(todo, None)) is None:
+                if not (new := list(itertools.islice(todo, 1))):
                     break
-                counting[counters.submit(count, cell)] = cell
+                counting[counters.submit(count, new[0])] = new[0]
             if not counting and not measuring:
                 return
             # In the order of the cells: what is counted waits for what came before it.
-            first = next(iter(counting), None)
-            wait([*filter(None, [first]), *measuring], return_when=FIRST_COMPLETED)
+            wait([*itertools.islice(counting, 1), *measuring], return_when=FIRST_COMPLETED)
             for future in [future for future in measuring if future.done()]:
                 cell, device = measuring.pop(future)
                 idle[cell.group].append(device)

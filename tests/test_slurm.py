@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from ablations import command, slurm, sweep
+from ablations import campaign, command, slurm, sweep
 from ablations.shard import Shard
 from ablations.sweep import Sweep
-from attention_zoo import load_plugin, registry
+from attention_zoo import InvalidOption, load_plugin, registry
 from profiling import environment
 from profiling.latency import QUICK
 from profiling.rows import KEY, load
@@ -153,8 +153,8 @@ DRIVER = """
 import sys
 sys.path[:0] = {paths!r}
 import test_slurm
-from ablations import command, slurm, sweep
-slurm.POLL = 0.5
+from ablations import campaign, command, slurm, sweep
+campaign.POLL = 0.5
 sweep.discover = lambda: {{"campaign": test_slurm.of({names!r}, {seeds})}}
 raise SystemExit(command.main(sys.argv[1:]))
 """
@@ -169,14 +169,13 @@ def arguments(results: Path, shards: int, *more: str) -> list[str]:
 
 def run(monkeypatch: pytest.MonkeyPatch, planned: Sweep, *words: str) -> int:
     """The command, in this process."""
-    monkeypatch.setattr(slurm, "POLL", 0.5)
+    monkeypatch.setattr(campaign, "POLL", 0.5)
     monkeypatch.setattr(sweep, "discover", lambda: {"campaign": planned})
     return command.main(list(words))
 
 
 def attempts(results: Path) -> int:
-    (campaign,) = (results / "slurm").iterdir()
-    return sum(len(Shard(folder).attempts()) for folder in (campaign / "shards").iterdir())
+    return sum(len(Shard(folder).attempts()) for folder in results.glob("slurm/*/shards/*"))
 
 
 def ends(results: Path) -> list[dict[str, Any]]:
@@ -247,3 +246,31 @@ def test_a_job_that_slurm_rejects_is_one_line_in_its_words(
         shown = capsys.readouterr()
         assert re.fullmatch(rf"error: Slurm refuses the job: [^\n]*{told}[^\n]*\n", shown.err), shown.err
         assert shown.out == "" and not ask("squeue", "--noheader")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", {}),
+        ("partition=gpu,gpus-per-node=1,time=120", {"partition": "gpu", "gpus_per_node": 1, "time": 120}),
+        ("exclude=n1,n2,exclusive=true", {"exclude": "n1,n2", "exclusive": True}),
+        ("setup=module load cuda,gres=gpu:a100:1", {"setup": ["module load cuda"], "gres": "gpu:a100:1"}),
+    ],
+)
+def test_options_are_those_of_sbatch(text: str, found: dict[str, Any]) -> None:
+    assert slurm.options(text) == found
+    assert slurm.on_gpus(found) == ("gpus" in text or "gres" in text)
+
+
+@pytest.mark.parametrize("text", ["gpu", "job_name=mine", "partition=a,comment=b"])
+def test_options_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(InvalidOption, match="valid: key=value, the key an option of sbatch"):
+        slurm.options(text)
+
+
+def test_without_slurm_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command.main(["--launcher", "slurm", "--results", str(tmp_path / "results")]) == 2
+    assert "there is no Slurm on this machine" in capsys.readouterr().err and not (tmp_path / "results").exists()
