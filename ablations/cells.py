@@ -1,5 +1,6 @@
 """The row of one cell: from its theory, then from its measurement, each in a process of its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -10,6 +11,7 @@ from ablations.sweep import Sweep
 from profiling import isolation, roofline
 from profiling.case import Case
 from profiling.cell import Job, measure, theory
+from profiling.isolation import Outcome
 from profiling.rows import SchemaError, agree
 
 HEADROOM = 0.9
@@ -34,14 +36,16 @@ def who(cell: Cell, device: Device) -> Row:
     return cell.case.who(cell.sweep, device.facts["device_name"]) | device.facts
 
 
-def count(cell: Cell, device: Device) -> Row:
-    """The row of a cell by theory alone, its status ``measure`` where it is to be measured."""
-    row = who(cell, device) | {"started_at": _now()}
+def count(cells: Sequence[Cell], device: Device) -> list[Row]:
+    """The rows of cells by theory alone, their status ``measure`` where they are to be measured."""
+    limits = {"timeout": max(cell.plan.timeout for cell in cells), "memory": _limit(cells[0], device)}
     # Beside whatever runs on the device: theory needs to see it, and does not use it.
-    outcome = isolation.call(
-        theory, cell.job, timeout=cell.plan.timeout, memory=_limit(cell, device), environment=device.variables
-    )
-    row |= (outcome.value or {}) | {"cell_seconds": outcome.seconds}
+    outcomes = isolation.call_each(theory, [cell.job for cell in cells], environment=device.variables, **limits)
+    return [_counted(cell, outcome, device) for cell, outcome in zip(cells, outcomes, strict=True)]
+
+
+def _counted(cell: Cell, outcome: Outcome, device: Device) -> Row:
+    row = who(cell, device) | {"started_at": _now(), "cell_seconds": outcome.seconds} | (outcome.value or {})
     if outcome.status != "ok":
         return row | {"status": outcome.status, "reason": outcome.reason}
     decided = verdict(row, cell.case, cell.plan, device)

@@ -117,8 +117,8 @@ class Launcher:
                 else:
                     yield self.cell(name, sweep, case, store, model)
 
-    def _count(self, cell: Cell) -> dict[str, Any]:
-        return count(cell, self.models[cell.group][0])
+    def _count(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
+        return count(cells, self.models[cells[0].group][0])
 
     def _measure(self, cell: Cell, row: dict[str, Any], device: Device) -> dict[str, Any]:
         return run(cell, row, device, self.peaks[cell.group])

@@ -11,6 +11,8 @@ from ablations.devices import Device, ending
 
 AHEAD = 64
 """Cells counted and not yet timed, at most: what a run holds in memory does not grow with it."""
+BATCH = 8
+"""Cells counted in one process, at most."""
 Row = dict[str, Any]
 
 
@@ -27,7 +29,7 @@ T = TypeVar("T", bound=Task)
 
 def schedule(
     cells: Iterable[T],
-    count: Callable[[T], Row],
+    count: Callable[[Sequence[T]], list[Row]],
     measure: Callable[[T, Row, Device], Row],
     groups: Mapping[str, Sequence[Device]],
     beside: bool,
@@ -43,8 +45,8 @@ def schedule(
     """
     idle = {group: list(devices) for group, devices in groups.items()}
     workers = sum(map(len, idle.values()))
-    todo, ready = iter(cells), deque[tuple[T, Row]]()
-    counting: dict[Future[Row], T] = {}
+    todo, ready = _batches(cells), deque[tuple[T, Row]]()
+    counting: dict[Future[list[Row]], list[T]] = {}
     measuring: dict[Future[Row], tuple[T, Device]] = {}
     with _pool(_processors() - (workers if beside else 0)) as counters, _pool(workers) as measurers:
         while True:
@@ -52,25 +54,33 @@ def schedule(
                 yield False, cell, row
                 device = idle[cell.group].pop()
                 measuring[measurers.submit(measure, cell, row, device)] = cell, device
-            while (beside or not (ready or measuring)) and len(counting) + len(ready) < AHEAD:
-                if not (new := list(itertools.islice(todo, 1))):
+            while (beside or not (ready or measuring)) and BATCH * len(counting) + len(ready) <= AHEAD - BATCH:
+                if not (batch := next(todo, [])):
                     break
-                counting[counters.submit(count, new[0])] = new[0]
+                counting[counters.submit(count, batch)] = batch
             if not counting and not measuring:
                 return
             # In the order of the cells: what is counted waits for what came before it.
-            wait([*itertools.islice(counting, 1), *measuring], return_when=FIRST_COMPLETED)
+            awaited: list[Future[Any]] = [*itertools.islice(counting, 1), *measuring]
+            wait(awaited, return_when=FIRST_COMPLETED)
             for future in [future for future in measuring if future.done()]:
                 cell, device = measuring.pop(future)
                 idle[cell.group].append(device)
                 yield True, cell, future.result()
             while counting and (first := next(iter(counting))).done():
-                cell, row = counting.pop(first), first.result()
-                if row["status"] == "measure":
-                    ready.append((cell, row))
-                else:
-                    yield False, cell, row
-                    yield True, cell, row
+                for cell, row in zip(counting.pop(first), first.result(), strict=True):
+                    if row["status"] == "measure":
+                        ready.append((cell, row))
+                    else:
+                        yield False, cell, row
+                        yield True, cell, row
+
+
+def _batches(cells: Iterable[T]) -> Iterator[list[T]]:
+    """Cells to be counted together: consecutive ones of one group."""
+    for _, group in itertools.groupby(cells, key=lambda cell: cell.group):
+        while batch := list(itertools.islice(group, BATCH)):
+            yield batch
 
 
 def _can_start(ready: deque[tuple[T, Row]], idle: Mapping[str, list[Device]]) -> Iterator[tuple[T, Row]]:

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,10 @@ def test_a_lock_of_a_run_that_died_is_free(tmp_path: Path) -> None:
 
 
 class Piece:
-    """A cell of nothing but a number; even ones are for group a, odd ones for b."""
+    """A cell of nothing but a number; ten for group a, ten for b, and so on."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.group = number, "ab"[number % 2]
+        self.number, self.group = number, "ab"[number // 10 % 2]
 
 
 class Watch:
@@ -158,17 +158,19 @@ def test_nothing_runs_beside_a_cpu_that_is_timed_and_one_cell_at_a_time_on_each_
     watch = Watch()
     groups = {"a": [Device(uuid="1"), Device(uuid="2")], "b": [Device(uuid="3")]}
 
-    def count(piece: Piece) -> dict[str, Any]:
+    def count(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
         watch.work("count")
-        return {"status": "predicted" if piece.number % 5 == 0 else "measure"}
+        return [{"status": "predicted" if piece.number % 5 == 0 else "measure"} for piece in pieces]
 
     def measure(piece: Piece, row: dict[str, Any], device: Device) -> dict[str, Any]:
         assert device in groups[piece.group]
         counted = watch.begun["count"]
-        # The first three wait for each other and, where that may be, for another to be counted meanwhile.
-        early = watch.begun["measure"] < 3
-        others = lambda: watch.begun["measure"] >= 3 and (not beside or watch.begun["count"] > counted)  # noqa: E731
-        watch.work("measure", str(device.uuid), until=others if early else lambda: True)
+        # The first three wait for each other; where that may be, one of the next for another count meanwhile.
+        number = watch.begun["measure"]
+        others = lambda: watch.begun["measure"] >= 3  # noqa: E731
+        another = lambda: watch.begun["count"] > counted  # noqa: E731
+        waits = {0: others, 1: others, 2: others, 30: another if beside else others}
+        watch.work("measure", str(device.uuid), until=waits.get(number, lambda: True))
         return row | {"status": "ok"}
 
     events = list(schedule(map(Piece, range(300)), count, measure, groups, beside))
@@ -181,13 +183,13 @@ def test_nothing_runs_beside_a_cpu_that_is_timed_and_one_cell_at_a_time_on_each_
 
 def test_a_failure_of_the_run_ends_the_cells_at_once(tmp_path: Path) -> None:
     given = machine("Paper GPU", "Paper GPU")
-    pieces = [Piece(0), Piece(2)]
+    pieces = [Piece(0), Piece(1)]
 
     def measure(piece: Piece, row: dict[str, Any], device: Device) -> dict[str, Any]:
         code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(600)"
         return {"status": device.call(exec, code).status}
 
-    running = schedule(pieces, lambda piece: {"status": "measure"}, measure, {"a": given}, beside=True)
+    running = schedule(pieces, lambda pieces: [{"status": "measure"}] * len(pieces), measure, {"a": given}, beside=True)
     # As the second begins to be measured, the first already is.
     assert [next(running)[0], next(running)[0]] == [False, False]
     while not (tmp_path / "begun").exists():
