@@ -95,8 +95,11 @@ def measure(job: Job) -> dict[str, Any]:
     if columns["impl"] != "reference" and "flex" not in columns["impl"]:
         with work.settings():
             columns["sdpa_backend"] = sdpa_backend(work.step)
-    columns |= measure_workload(work, case.device, job.patience, case.compiled, case.cuda_graph)
-    return columns | {"macs_fvcore": None if case.compiled else _fvcore(work)}
+    columns |= time_workload(work, case.device, job.patience, case.compiled, case.cuda_graph)
+    if case.replicate > 0:
+        # The rest is the same in every process: the first one tells.
+        return columns
+    return columns | memory_columns(work) | {"macs_fvcore": None if case.compiled else _fvcore(work)}
 
 
 def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[
         "macs_backward_counted": backward if mode == "forward_backward" else None,
         "memory_predicted_bytes": _predicted(work, x.device.type),
     }
-    columns |= measure_workload(work, x.device.type, latency.STANDARD)
+    columns |= time_workload(work, x.device.type, latency.STANDARD) | memory_columns(work)
     columns["macs_fvcore"] = _fvcore(work)
     return columns | {"macs_agree": agree(None, forward, columns["macs_fvcore"])}
 
@@ -124,18 +127,23 @@ def breakdown(job: Job, folder: str | None) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def measure_workload(
+def time_workload(
     work: Workload, device: str, patience: latency.Patience, compiled: bool = False, cuda_graph: bool = False
 ) -> dict[str, Any]:
-    """Time and memory of any workload, as columns of a row; memory without a CUDA graph, which keeps what it uses."""
+    """Time of any workload, as columns of a row."""
     columns: dict[str, Any] = {}
     with work.settings():
         if compiled:
             columns["compile_ms"] = _compile(work, device)
         with work.replayed() if cuda_graph else nullcontext():
             columns |= _time(work, device, patience)
+    return columns
+
+
+def memory_columns(work: Workload) -> dict[str, Any]:
+    """Memory of a workload that was timed, as columns of a row; without a CUDA graph, which keeps what it uses."""
     found = memory.measure(work, warm=True)
-    return columns | {
+    return {
         "memory_peak_bytes": found.peak,
         "memory_base_bytes": found.base,
         "memory_reserved_bytes": found.reserved,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attention_zoo import Attention, InvalidOption, Unsupported
+from attention_zoo import Attention, Unsupported
 from profiling import isolation
 from profiling.case import Case
 from profiling.cell import Job, theory
@@ -28,7 +28,7 @@ def forecast(jobs: Sequence[Job], timeout: float = 120.0) -> Iterator[Outcome]:
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            for outcomes in pool.map(lambda group: _run(group, timeout), _groups(jobs)):
+            for outcomes in pool.map(lambda group: isolation.call_each(_theory, group, timeout=timeout), _groups(jobs)):
                 yield from outcomes
         finally:
             pool.shutdown(cancel_futures=True)
@@ -38,25 +38,6 @@ def _groups(jobs: Sequence[Job]) -> list[list[Job]]:
     """Neighbours of one attention together, so that a crash concerns no other."""
     groups = [list(group) for _, group in groupby(jobs, key=lambda job: job.case.name)]
     return [group[i : i + TOGETHER] for group in groups for i in range(0, len(group), TOGETHER)]
-
-
-def _run(jobs: list[Job], timeout: float) -> list[Outcome]:
-    together = isolation.call(_theories, jobs, timeout=timeout)
-    if together.status == "ok":
-        return together.value
-    # Whose fault it was shows when each runs alone.
-    return [isolation.call(_theory, job, timeout=timeout) for job in jobs]
-
-
-def _theories(jobs: list[Job]) -> list[Outcome]:
-    outcomes = []
-    for job in jobs:
-        try:
-            outcomes.append(Outcome("ok", _theory(job)))
-        except (InvalidOption, Unsupported) as problem:
-            status = "unsupported" if isinstance(problem, Unsupported) else "error"
-            outcomes.append(Outcome(status, reason=f"{type(problem).__name__}: {problem}"))
-    return outcomes
 
 
 def _theory(job: Job) -> dict[str, Any]:
