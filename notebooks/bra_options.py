@@ -38,31 +38,58 @@ def topk_maps(results: Results) -> Figure:
     fig, axes = plt.subplots(2, len(modes), figsize=(max(width, 6.5), height), squeeze=False, layout="constrained")
     for metric, row_of_axes in zip(METRICS, axes, strict=True):
         for mode, ax in zip(modes, row_of_axes, strict=True):
-            _heat_map(ax, rows[rows["mode"] == mode], metric, mode)
+            _heat_map(ax, rows[rows["mode"] == mode], metric, ("n_win", "topk"))
+            ax.set(title=_panel(metric, mode), xlabel="topk (routed regions per query region)", ylabel="n_win")
     _title(fig, rows, "topk and regions per side")
     caption(fig, rows, "Darker is more, on a log scale of each panel. Empty: topk exceeds the regions there are.")
     return save(fig, "topk")
 
 
-def _heat_map(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
-    words, unit = METRICS[metric]
-    table = rows.pivot_table(index="n_win", columns="topk", values=metric, aggfunc="median", dropna=False)
-    table = table.loc[sorted(table.index, key=_regions)].astype(float) / unit
+@needs("kv_downsample")
+def kv_maps(results: Results) -> Figure:
+    """Heat maps of latency and memory over kv_downsample_mode and the keys that it leaves, a column per mode."""
+    rows = results.sweep("kv_downsample")
+    rows = rows.assign(keys=rows["kv_tokens_per_query"].astype(float))
+    modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
+    height = 2.4 + 0.68 * rows["kv_downsample_mode"].nunique()
+    fig, axes = plt.subplots(2, len(modes), figsize=(1.5 + 4.5 * len(modes), height), squeeze=False,
+                             layout="constrained")  # fmt: skip
+    for metric, row_of_axes in zip(METRICS, axes, strict=True):
+        for mode, ax in zip(modes, row_of_axes, strict=True):
+            _heat_map(ax, rows[rows["mode"] == mode], metric, ("kv_downsample_mode", "keys"))
+            ax.set(title=_panel(metric, mode), xlabel="keys that a query attends to", ylabel="")
+    _title(fig, rows, "ways to reduce keys and values")
+    caption(fig, rows, "Darker is more, on a log scale of each panel. Empty: the mode was not run with so many keys.")
+    return save(fig, "kv_downsample_map")
+
+
+def _panel(metric: str, mode: str) -> str:
+    return f"{METRICS[metric][0]}: {MODES[mode]}"
+
+
+def _heat_map(ax: Axes, rows: pd.DataFrame, metric: str, over: tuple[str, str]) -> None:
+    """One metric over two columns, down and across; failed cells show their status."""
+    (down, across), unit = over, METRICS[metric][1]
+    table = rows.pivot_table(index=down, columns=across, values=metric, aggfunc="median", dropna=False)
+    table = table.loc[sorted(table.index, key=_order)].astype(float) / unit
+    table = table.loc[:, table.columns.notna()]
+    table.columns = [int(value) for value in table.columns]
     texts = table.map(lambda value: "" if pd.isna(value) else number(value))
     if table.notna().any(axis=None):
         sns.heatmap(table, ax=ax, norm=LogNorm(), cmap="YlGnBu", annot=texts, fmt="", linewidths=1,
                     annot_kws={"fontsize": 9}, cbar=False)  # fmt: skip
     ax.grid(False)
-    for row in rows[rows["status"] != "ok"].itertuples():
-        spot = table.columns.get_loc(row.topk) + 0.5, table.index.get_loc(row.n_win) + 0.5
-        ax.text(*spot, str(row.status), ha="center", va="center", fontsize=8, color="#B00020")
-    ax.set_title(f"{words}: {MODES[mode]}")
-    ax.set(xlabel="topk (routed regions per query region)", ylabel="n_win")
+    for row in rows[rows["status"] != "ok"].dropna(subset=[across]).to_dict("records"):
+        spot = table.columns.get_loc(int(row[across])) + 0.5, table.index.get_loc(row[down]) + 0.5
+        ax.text(*spot, str(row["status"]), ha="center", va="center", fontsize=8, color="#B00020")
     ax.tick_params(length=0, rotation=0)
 
 
-def _regions(n_win: str) -> tuple[bool, int]:
-    return (False, int(n_win)) if n_win.isdigit() else (True, 0)
+def _order(value: str) -> tuple[int, int]:
+    """Regions per side by number, auto last; kv_downsample modes as their styles stand."""
+    if value.isdigit():
+        return 0, int(value)
+    return 1, list(KV_STYLES).index(value) if value in KV_STYLES else len(KV_STYLES)
 
 
 def _title(fig: Figure, rows: pd.DataFrame, what: str) -> None:

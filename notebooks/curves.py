@@ -16,6 +16,9 @@ from notebooks.limits import MODES, Line, cells, device_memory, lines, resolutio
 from notebooks.plots import FAINT, INK, Results, caption, needs, save, say, size, style
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
+PREDICTED = Line2D([], [], color=FAINT, label="line: predicted")
+MEASURED = Line2D([], [], color=FAINT, marker="o", linestyle="", label="mark: measured")
+CROSS = Line2D([], [], color=FAINT, marker="X", markeredgecolor=INK, markersize=9, linestyle="", label="cross: failed")
 
 
 @needs("resolution")
@@ -30,14 +33,14 @@ def figure(results: Results, mode: str) -> Figure | None:
     for line, layer in zip(drawn, layers(drawn), strict=True):
         memory_line(left, line, layer)
     limit_line(left, *device_memory(results))
-    _latency_panel(right, drawn)
+    side_axis(right, tried(rows))
+    latency_panel(right, drawn, ("latency_low_ms", "latency_high_ms"))
     memory_axis(left, sorted(cells(rows).index), "peak memory of one step")
     right.set_ylabel("latency of one step, ms (median, 95 % interval)")
-    _side_axis(right, sorted(cells(rows[rows["status"] != "predicted"]).index) or sorted(cells(rows).index))
     left.set_title("Peak memory")
     right.set_title("Latency")
     fig.suptitle(f"One step of one attention layer, {MODES[mode]}", x=0.01, ha="left", weight="bold", fontsize=14)
-    legend(right, drawn)
+    legend(right, drawn, PREDICTED, MEASURED, CROSS)
     caption(fig, rows, labelled=True)
     return save(fig, f"resolution_{mode}")
 
@@ -77,16 +80,22 @@ def limit_line(ax: Axes, limit: float, how: str) -> None:
                 va="top", fontsize=9, color=INK)  # fmt: skip
 
 
-def _latency_panel(ax: Axes, drawn: list[Line]) -> None:
+def tried(rows: pd.DataFrame) -> list[int]:
+    """The grids at which a step was run or refused, in tokens per side; all if none was."""
+    return sorted(cells(rows[rows["status"] != "predicted"]).index) or sorted(cells(rows).index)
+
+
+def latency_panel(ax: Axes, drawn: list[Line], ends: tuple[str, str]) -> None:
+    """Median latency against tokens per side, with bars between the two columns ``ends``, and what failed."""
     for (name, _, dash, line), (wide, big, order) in zip(drawn, layers(drawn), strict=True):
         timed, (colour, marker) = line.dropna(subset=["latency_p50_ms"]), style(name)
         middle = timed["latency_p50_ms"]
-        ends = [(middle - timed["latency_low_ms"]).fillna(0), (timed["latency_high_ms"] - middle).fillna(0)]
-        ax.errorbar(timed.index, middle, yerr=ends, linestyle=dash, color=colour, marker=marker, markersize=big,
+        bars = [(middle - timed[ends[0]]).fillna(0).clip(lower=0), (timed[ends[1]] - middle).fillna(0).clip(lower=0)]
+        ax.errorbar(timed.index, middle, yerr=bars, linestyle=dash, color=colour, marker=marker, markersize=big,
                     markeredgecolor="white", markeredgewidth=0.7, linewidth=wide, elinewidth=1.5, capsize=3,
                     zorder=order)  # fmt: skip
     ax.set_yscale("log")
-    _failures(ax, drawn)
+    failures(ax, drawn)
     log_ticks(ax.yaxis)
 
 
@@ -100,21 +109,27 @@ def log_ticks(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _failures(ax: Axes, drawn: list[Line]) -> None:
+def failures(ax: Axes, drawn: list[Line]) -> None:
     """Failed cells have no latency: they are listed above the curves, at their grid."""
-    failed = [(int(side), name, label, row) for name, label, _, line in drawn
+    failed = [(float(side), style(name)[0], f"{label}: {short_reason(row)}") for name, label, _, line in drawn
               for side, row in line[line["status"].isin(FAILED)].iterrows()]  # fmt: skip
+    failed_marks(ax, failed)
+
+
+def failed_marks(ax: Axes, failed: list[tuple[float, str, str]]) -> None:
+    """Crosses in a list above the curves of a panel whose y axis is logarithmic: each with its x, colour and text."""
     if not failed:
         return
     low, high = ax.get_ylim()
     step = min(0.05, 0.5 / len(failed))
     ax.set_ylim(low, high * (high / low) ** (step * len(failed) / (1 - step * len(failed))))
-    for rank, (side, name, label, row) in enumerate(sorted(failed, key=lambda item: -item[0])):
-        height = 1 - step * (rank + 0.5)
-        ax.plot(side, height, "X", color=style(name)[0], markersize=9, markeredgecolor=INK,
+    left, right = ax.get_xlim()
+    for rank, (x, colour, text) in enumerate(sorted(failed, key=lambda item: -item[0])):
+        height, leftwards = 1 - step * (rank + 0.5), x > np.sqrt(left * right)
+        ax.plot(x, height, "X", color=colour, markersize=9, markeredgecolor=INK,
                 transform=ax.get_xaxis_transform(), clip_on=False)  # fmt: skip
-        ax.annotate(f"{label}: {short_reason(row)}", (side, height), xycoords=ax.get_xaxis_transform(), xytext=(-9, 0),
-                    textcoords="offset points", ha="right", va="center", fontsize=9)  # fmt: skip
+        ax.annotate(text, (x, height), xycoords=ax.get_xaxis_transform(), xytext=(-9 if leftwards else 9, 0),
+                    textcoords="offset points", ha="right" if leftwards else "left", va="center", fontsize=9)  # fmt: skip
 
 
 def short_reason(row: pd.Series) -> str:
@@ -125,7 +140,8 @@ def short_reason(row: pd.Series) -> str:
     return f"{row['status']}, {textwrap.shorten(reason, 32, placeholder=' ...')}".rstrip(", ")
 
 
-def _side_axis(ax: Axes, sides: list[int]) -> None:
+def side_axis(ax: Axes, sides: list[int]) -> None:
+    """Tokens per side of square grids, logarithmic, with a tick at each grid there is."""
     ax.set_xscale("log", base=2)
     ax.set_xlim(sides[0] / 1.25, sides[-1] * 1.25)
     ax.xaxis.set_major_locator(FixedLocator([float(side) for side in sides]))
@@ -136,7 +152,7 @@ def _side_axis(ax: Axes, sides: list[int]) -> None:
 
 def memory_axis(ax: Axes, sides: list[int], ylabel: str) -> None:
     """Tokens per side against memory in binary units, both logarithmic."""
-    _side_axis(ax, sides)
+    side_axis(ax, sides)
     ax.set_ylabel(ylabel)
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_locator(LogLocator(base=16))
@@ -144,18 +160,13 @@ def memory_axis(ax: Axes, sides: list[int], ylabel: str) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def legend(ax: Axes, drawn: list[Line]) -> None:
-    """Right of the panel, in the order of the curves, then what line, mark and cross stand for."""
+def legend(ax: Axes, drawn: list[Line], *notes: Line2D) -> None:
+    """Right of the panel, in the order of the curves, then ``notes``: what other lines and marks stand for."""
     handles = [
-        ax.plot([], [], dash, color=style(name)[0], marker=style(name)[1], markeredgecolor="white", label=label)[0]
+        Line2D([], [], linestyle=dash, color=style(name)[0], marker=style(name)[1], markeredgecolor="white", label=label)
         for name, label, dash, _ in drawn
     ]
-    handles += [
-        Line2D([], [], linestyle="", label=" "),
-        Line2D([], [], color=FAINT, label="line: predicted"),
-        Line2D([], [], color=FAINT, marker="o", linestyle="", label="mark: measured"),
-        Line2D([], [], color=FAINT, marker="X", markeredgecolor=INK, markersize=9, linestyle="", label="cross: failed"),
-    ]
+    handles += [Line2D([], [], linestyle="", label=" "), *notes] if notes else []
     many = len(handles) > 16
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9 if many else 10,
               labelspacing=0.3 if many else 0.6)  # fmt: skip

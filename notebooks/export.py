@@ -5,16 +5,17 @@ from typing import Any
 
 import pandas as pd
 
-from notebooks.plots import ROOT, number, say
+from notebooks.plots import ROOT, keeping, number, say
 
 
 def publish(frame: pd.DataFrame, name: str, note: str) -> None:
     """Show a table of texts and write it to results/tables as Markdown and as LaTeX (booktabs)."""
-    folder = ROOT / os.environ.get("ATTENTION_TABLES", "results/tables")
-    folder.mkdir(parents=True, exist_ok=True)
     text = markdown(frame) + f"\n{note}\n"
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    (folder / f"{name}.tex").write_text(latex(frame, note), encoding="utf-8")
+    if not keeping():
+        folder = ROOT / os.environ.get("ATTENTION_TABLES", "results/tables")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        (folder / f"{name}.tex").write_text(latex(frame, note), encoding="utf-8")
     say(text)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from notebooks.curves import layers, legend, limit_line, memory_axis, memory_line
+from notebooks.curves import CROSS, MEASURED, PREDICTED, layers, legend, limit_line, memory_axis, memory_line
 from notebooks.limits import Line, cells, crossing, device_memory, lines, resolution
 from notebooks.plots import Results, caption, needs, save, size, style
 
@@ -27,7 +27,7 @@ def figure(results: Results) -> Figure:
     _mark_crossings(ax, drawn, memory)
     text = "\n".join(textwrap.wrap(_headline(rows, drawn, memory, step).replace(" x ", "\u00a0x\u00a0"), 86))
     fig.suptitle(text, x=0.01, ha="left", weight="bold", fontsize=13)
-    legend(ax, drawn)
+    legend(ax, drawn, PREDICTED, MEASURED, CROSS)
     caption(fig, rows, labelled=True)
     return save(fig, "readme")
 
