@@ -9,13 +9,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
 from notebooks.curves import legend, log_ticks, side_axis
 from notebooks.export import publish
 from notebooks.latency import timed_modes
 from notebooks.limits import MODES, Line, cells, resolution
-from notebooks.plots import DASHES, FAINT, INK, Results, caption, needs, save, say, series, style
+from notebooks.plots import DASHES, FAINT, INK, Results, caption, needs, number, save, say, series, style
 
 OURS, RIVALS = "bra", ("full", "window")
 SETTING = ("impl_requested", "compiled", "deterministic", "dtype", "batch", "dim", "num_heads")
@@ -63,31 +63,29 @@ def roots(sides: np.ndarray, ratio: np.ndarray) -> list[tuple[float, bool]]:
 def crossings(ratio: pd.DataFrame) -> list[Crossing]:
     """Where the middle of ``ratio`` (columns low, middle, high; by tokens per side) passes 1, never extrapolated.
 
-    The interval of a crossing reaches, on either side, to where the low or the high ratio passes 1 too.
+    Its interval reaches down to where the first of the low and the high ratio passes 1, and up to where the last does.
     """
     ratio = ratio.dropna().sort_index()
     sides = ratio.index.to_numpy(float)
-    ends = [side for column in ("low", "high") for side, _ in roots(sides, ratio[column].to_numpy(float))]
-    return [
-        Crossing(
-            side,
-            max((end for end in ends if end <= side), default=None),
-            min((end for end in ends if end >= side), default=None),
-            falling,
-        )
-        for side, falling in roots(sides, ratio["middle"].to_numpy(float))
-    ]
+    passes = {column: roots(sides, ratio[column].to_numpy(float)) for column in ratio}
+    found = []
+    for side, falling in passes["middle"]:
+        first, last = ("low", "high") if falling else ("high", "low")
+        below = [end for end, falls in passes[first] if end <= side and falls == falling]
+        above = [end for end, falls in passes[last] if end >= side and falls == falling]
+        found.append(Crossing(side, max(below, default=None), min(above, default=None), falling))
+    return found
 
 
 def pairs(rows: pd.DataFrame) -> Iterator[tuple[Line, str, pd.DataFrame]]:
     """Each line of BRA with each rival that was run in the same setting: the line, the rival, the rival's cells."""
     ours = [line for line in series(rows) if line[0] == OURS]
-    for number, (name, label, _, part) in enumerate(ours):
+    for rank, (name, label, _, part) in enumerate(ours):
         alike = (rows[list(SETTING)].astype(str) == part[list(SETTING)].astype(str).iloc[0]).all(axis=1)
         for rival in RIVALS:
             theirs = rows[alike & (rows["name"] == rival)]
             if len(theirs):
-                yield (name, label, DASHES[number % len(DASHES)], cells(part)), rival, cells(theirs)
+                yield (name, label, DASHES[rank % len(DASHES)], cells(part)), rival, cells(theirs)
 
 
 def latency_ratio(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
@@ -111,7 +109,7 @@ def described(ratio: pd.DataFrame) -> str:
     found = [f"{'cheaper' if one.falling else 'dearer'} from {one} on" for one in crossings(ratio)]
     if found:
         return "; ".join(found)
-    low, high = (f"{end:.2f}x" for end in (ratio["middle"].min(), ratio["middle"].max()))
+    low, high = (f"{number(end)}x" for end in (ratio["middle"].min(), ratio["middle"].max()))
     span = low if low == high else f"{low} to {high}"
     return f"no break-even from {ratio.index[0]} to {ratio.index[-1]}: {span} the cost"
 
@@ -186,8 +184,8 @@ def _finish(fig: Figure, axes: np.ndarray, results: Results) -> None:
     axes[0].set_ylabel(f"latency of {OURS} / of the other\n(below 1: {OURS} is faster)")
     rows = results.sweep("resolution")
     rivals = [(rival, f"against {rival}", "-", rows) for rival in RIVALS if (rows["name"] == rival).any()]
-    ring = Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=FAINT, markeredgewidth=2, markersize=9,
-                  label="ring: break-even")  # fmt: skip
+    ring = Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=FAINT, markeredgewidth=2,
+                  markersize=9, label="ring: break-even")  # fmt: skip
     legend(axes[-1], rivals, ring, Line2D([], [], color=FAINT, linewidth=8, alpha=0.3, label="band: quartiles"))
     fig.suptitle(f"Where {OURS} breaks even", x=0.01, ha="left", weight="bold", fontsize=14)
     compared = rows[rows["name"].isin((OURS, *RIVALS))]
@@ -215,8 +213,8 @@ def _said(ratio: pd.DataFrame) -> str:
     found = crossings(ratio)
     if not found:
         way = "slower" if ratio["middle"].iloc[-1] > 1 else "faster"
-        at = ", ".join(f"{value:.2f}x at {side}" for side, value in ratio["middle"].iloc[[0, -1]].items())
-        return f"no break-even in the measured range; it is {way} throughout, with {at} of the other's time"
+        at = " and ".join(f"{number(value)}x at {side}" for side, value in dict(ratio["middle"].iloc[[0, -1]]).items())
+        return f"no break-even in the measured range; it is {way} throughout, and takes {at} the other's time"
     parts = [f"{'faster' if one.falling else 'slower'} from {one} tokens per side on" for one in found]
     last, value = ratio.index[-1], ratio["middle"].iloc[-1]
-    return f"{'; '.join(parts)}; at {last} x {last} it takes {value:.2f}x of the other's time"
+    return f"{'; '.join(parts)}; at {last} x {last} it takes {number(value)}x the other's time"

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from notebooks.plots import FAINT, INK, Results, caption, needs, number, save, say
 
 PARTS = {"projection": "#0072B2", "routing": "#D55E00", "attention": "#009E73", "local_conv": "#E69F00"}
-PANELS = {"topk": "topk", "n_win": "n_win", "kv": "kv_downsample"}
 
 
 def split(rows: pd.DataFrame) -> pd.DataFrame:
@@ -30,8 +29,17 @@ def panels(results: Results) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"n_win, with topk {few}", _labelled(topk[topk["topk"] == few], "n_win")
     kv = _forward(results, "kv_downsample").dropna(subset=["kv_tokens_per_query"])
     if len(kv):
-        words = kv["kv_downsample_mode"] + ", " + kv["kv_tokens_per_query"].map("{:,.0f} keys".format)
-        yield "kv_downsample", kv.assign(label=words).drop_duplicates("label").set_index("label")
+        yield "kv_downsample", _alike(kv)
+
+
+def _alike(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row per number of keys and MACs, most keys first, labelled by the first mode and how many more are alike."""
+    first = []
+    for (keys, _), part in rows.groupby(["kv_tokens_per_query", "macs_analytic"], sort=False):
+        modes = list(dict.fromkeys(part["kv_downsample_mode"]))
+        more = f" + {len(modes) - 1}" if len(modes) > 1 else ""
+        first.append(part.iloc[:1].assign(label=f"{keys:,.0f} keys: {modes[0]}{more}"))
+    return pd.concat(first).sort_values("kv_tokens_per_query", ascending=False, kind="stable").set_index("label")
 
 
 def _forward(results: Results, sweep: str) -> pd.DataFrame:
@@ -51,10 +59,10 @@ def figure(results: Results) -> Figure | None:
         say("No row here says what its MACs are spent on.")
         return None
     longest = max(len(rows) for _, rows in shown)
-    fig, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 2.2 + 0.27 * longest), squeeze=False,
+    fig, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 2 + 0.4 * longest), squeeze=False,
                              layout="constrained")  # fmt: skip
     for ax, (title, rows) in zip(axes[0], shown, strict=True):
-        _bars(ax, rows)
+        _bars(ax, rows, longest)
         ax.set_title(f"over {title}")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in PARTS.values()]
     labels = [part.replace("_", " ") for part in PARTS]
@@ -62,24 +70,27 @@ def figure(results: Results) -> Figure | None:
     rows = pd.concat([rows.reset_index(drop=True) for _, rows in shown])
     title = f"What BRA's MACs are spent on at {rows['height'].iloc[0]} x {rows['width'].iloc[0]} tokens"
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=14)
-    caption(fig, rows, "Of the forward pass, by formula. Beside each bar: all of it, in millions of MACs.")
+    caption(
+        fig,
+        rows,
+        "Of the forward pass, by formula; beside each bar, the total. + 4: as many other modes cost the same.",
+    )
     return save(fig, "cost_split")
 
 
-def _bars(ax: Axes, rows: pd.DataFrame) -> None:
+def _bars(ax: Axes, rows: pd.DataFrame, places: int) -> None:
     shares, left = split(rows), pd.Series(0.0, index=rows.index)
     for part, colour in PARTS.items():
         width = 100 * shares[part]
         ax.barh(rows.index, width, left=left, color=colour, edgecolor="white", linewidth=0.8, height=0.8)
         for place, (value, start) in enumerate(zip(width, left, strict=True)):
-            if value >= 9:
+            if value >= 10:
                 ax.text(start + value / 2, place, f"{value:.0f}", ha="center", va="center", fontsize=8, color="white",
                         weight="bold")  # fmt: skip
         left += width
     for place, macs in enumerate(rows["macs_analytic"].astype(float)):
         ax.text(101.5, place, f"{number(macs / 1e6)} M", va="center", fontsize=9, color=INK)
-    ax.set(xlim=(0, 100), xlabel="share of the MACs, %")
-    ax.invert_yaxis()
+    ax.set(xlim=(0, 100), ylim=(places - 0.5, -0.5), xlabel="share of the MACs, %")
     ax.grid(False, axis="y")
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)

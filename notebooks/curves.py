@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -129,7 +130,8 @@ def failed_marks(ax: Axes, failed: list[tuple[float, str, str]]) -> None:
         ax.plot(x, height, "X", color=colour, markersize=9, markeredgecolor=INK,
                 transform=ax.get_xaxis_transform(), clip_on=False)  # fmt: skip
         ax.annotate(text, (x, height), xycoords=ax.get_xaxis_transform(), xytext=(-9 if leftwards else 9, 0),
-                    textcoords="offset points", ha="right" if leftwards else "left", va="center", fontsize=9)  # fmt: skip
+                    textcoords="offset points", ha="right" if leftwards else "left", va="center",
+                    fontsize=9)  # fmt: skip
 
 
 def short_reason(row: pd.Series) -> str:
@@ -162,11 +164,13 @@ def memory_axis(ax: Axes, sides: list[int], ylabel: str) -> None:
 
 def legend(ax: Axes, drawn: list[Line], *notes: Line2D) -> None:
     """Right of the panel, in the order of the curves, then ``notes``: what other lines and marks stand for."""
-    handles = [
-        Line2D([], [], linestyle=dash, color=style(name)[0], marker=style(name)[1], markeredgecolor="white", label=label)
-        for name, label, dash, _ in drawn
-    ]
+    handles = [_handle(name, label, dash) for name, label, dash, _ in drawn]
     handles += [Line2D([], [], linestyle="", label=" "), *notes] if notes else []
     many = len(handles) > 16
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9 if many else 10,
               labelspacing=0.3 if many else 0.6)  # fmt: skip
+
+
+def _handle(name: str, label: str, dash: Any) -> Line2D:
+    colour, marker = style(name)
+    return Line2D([], [], linestyle=dash, color=colour, marker=marker, markeredgecolor="white", label=label)

@@ -206,7 +206,7 @@ def caption(fig: Figure, rows: pd.DataFrame, note: str = "", labelled: bool = Fa
         values = rows[column].dropna()
         if values.nunique() == 1 or (labelled and column in VARIANTS and len(values)):
             parts.append(f"{label} {values.mode().iloc[0]}".strip() + " unless labelled" * (values.nunique() > 1))
-    fig.supxlabel("; ".join(parts) + f".\n{note}".rstrip("\n"), x=0.01, ha="left", fontsize=8, color=FAINT)
+    fig.supxlabel("; ".join(parts) + f".\n{note}".rstrip("\n"), x=0.01, ha="left", fontsize=9, color=FAINT)
 
 
 def save(fig: Figure, name: str) -> Figure:
