@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from notebooks.curves import log_ticks
 from notebooks.limits import MODES
-from notebooks.plots import FAINT, INK, MIB, Results, caption, needs, number, save, say
+from notebooks.plots import FAINT, INK, MIB, SETTING, Results, caption, needs, number, save, say, usual
 
 METRICS = {"latency_p50_ms": ("latency, ms (median)", 1.0), "memory_peak_bytes": ("peak memory, MiB", MIB)}
 KV_STYLES = {
@@ -31,7 +31,7 @@ KV_STYLES = {
 @needs("topk")
 def topk_maps(results: Results) -> Figure:
     """Heat maps of latency and memory over topk and regions per side, a column of panels per mode."""
-    rows = results.sweep("topk")
+    rows = usual(results.sweep("topk"), SETTING)
     modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
     topks = sorted(rows["topk"].dropna().unique())
     width, height = 1 + (2.4 + 0.42 * len(topks)) * len(modes), 2.8 + 0.8 * rows["n_win"].nunique()
@@ -48,7 +48,7 @@ def topk_maps(results: Results) -> Figure:
 @needs("kv_downsample")
 def kv_maps(results: Results) -> Figure:
     """Heat maps of latency and memory over kv_downsample_mode and the keys that it leaves, a column per mode."""
-    rows = results.sweep("kv_downsample")
+    rows = usual(results.sweep("kv_downsample"), SETTING)
     rows = rows.assign(keys=rows["kv_tokens_per_query"].astype(float))
     modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
     height = 2.4 + 0.68 * rows["kv_downsample_mode"].nunique()
@@ -100,7 +100,7 @@ def _title(fig: Figure, rows: pd.DataFrame, what: str) -> None:
 @needs("kv_downsample")
 def kv_curves(results: Results) -> Figure:
     """Latency and memory against the keys that a query attends to, a line per way to reduce them."""
-    rows = results.sweep("kv_downsample")
+    rows = usual(results.sweep("kv_downsample"), SETTING)
     modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
     fig, axes = plt.subplots(2, len(modes), figsize=(1.8 + 5.2 * len(modes), 7.6), squeeze=False, layout="constrained")
     for metric, row_of_axes in zip(METRICS, axes, strict=True):
@@ -153,7 +153,7 @@ def findings(results: Results) -> list[str]:
 
 
 def _topk(results: Results, mode: str) -> Iterator[str]:
-    rows = results.sweep("topk").query("mode == @mode and status == 'ok'")
+    rows = usual(results.sweep("topk"), SETTING).query("mode == @mode and status == 'ok'")
     counts = rows.groupby("n_win")["topk"].nunique().sort_values(kind="stable")
     if counts.empty or counts.iloc[-1] < 2:
         return
@@ -169,7 +169,7 @@ def _topk(results: Results, mode: str) -> Iterator[str]:
 
 
 def _kv(results: Results, mode: str) -> Iterator[str]:
-    rows = results.sweep("kv_downsample").query("mode == @mode and status == 'ok'")
+    rows = usual(results.sweep("kv_downsample"), SETTING).query("mode == @mode and status == 'ok'")
     whole, reduced = rows[rows["kv_downsample_mode"] == "identity"], rows[rows["kv_downsample_mode"] != "identity"]
     if whole.empty or reduced.empty:
         return

@@ -12,11 +12,13 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from notebooks.limits import MODES, Line, cells, device_memory, lines, resolution
-from notebooks.plots import FAINT, INK, Results, caption, needs, save, say, size, style
+from notebooks.plots import FAINT, INK, Results, caption, needs, save, say, series, size, style, usual
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
+MOST_LINES = 24
 PREDICTED = Line2D([], [], color=FAINT, label="line: predicted")
 MEASURED = Line2D([], [], color=FAINT, marker="o", linestyle="", label="mark: measured")
 CROSS = Line2D([], [], color=FAINT, marker="X", markeredgecolor=INK, markersize=9, linestyle="", label="cross: failed")
@@ -25,7 +27,7 @@ CROSS = Line2D([], [], color=FAINT, marker="X", markeredgecolor=INK, markersize=
 @needs("resolution")
 def figure(results: Results, mode: str) -> Figure | None:
     """Two panels for one mode: memory, predicted as lines and measured as marks, and latency with intervals."""
-    rows = resolution(results, mode)
+    rows = drawable(resolution(results, mode))
     if rows.empty:
         say(f"The `resolution` sweep has no {MODES[mode]} cells here; without `--smoke`, run_all.py makes them.")
         return None
@@ -44,6 +46,11 @@ def figure(results: Results, mode: str) -> Figure | None:
     legend(right, drawn, PREDICTED, MEASURED, CROSS)
     caption(fig, rows, labelled=True)
     return save(fig, f"resolution_{mode}")
+
+
+def drawable(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, or those of the most common setting only where there are too many lines for one panel."""
+    return rows if sum(1 for _ in series(rows)) <= MOST_LINES else usual(rows)
 
 
 def memory_line(ax: Axes, drawn: Line, layer: tuple[float, float, float]) -> None:
@@ -112,26 +119,36 @@ def log_ticks(axis: Axis) -> None:
 
 def failures(ax: Axes, drawn: list[Line]) -> None:
     """Failed cells have no latency: they are listed above the curves, at their grid."""
-    failed = [(float(side), style(name)[0], f"{label}: {short_reason(row)}") for name, label, _, line in drawn
+    failed = [(float(side), style(name)[0], label, short_reason(row)) for name, label, _, line in drawn
               for side, row in line[line["status"].isin(FAILED)].iterrows()]  # fmt: skip
     failed_marks(ax, failed)
 
 
-def failed_marks(ax: Axes, failed: list[tuple[float, str, str]]) -> None:
-    """Crosses in a list above the curves of a panel whose y axis is logarithmic: each with its x, colour and text."""
-    if not failed:
+def failed_marks(ax: Axes, failed: list[tuple[float, str, str, str]]) -> None:
+    """Crosses above the curves of a log-log panel: each with its x, colour, name and reason; a row for those alike."""
+    rows: dict[tuple[float, str], list[tuple[str, str]]] = {}
+    for x, colour, name, reason in sorted(failed, key=lambda item: -item[0]):
+        rows.setdefault((x, reason), []).append((colour, name))
+    if not rows:
         return
     low, high = ax.get_ylim()
-    step = min(0.05, 0.5 / len(failed))
-    ax.set_ylim(low, high * (high / low) ** (step * len(failed) / (1 - step * len(failed))))
-    left, right = ax.get_xlim()
-    for rank, (x, colour, text) in enumerate(sorted(failed, key=lambda item: -item[0])):
-        height, leftwards = 1 - step * (rank + 0.5), x > np.sqrt(left * right)
-        ax.plot(x, height, "X", color=colour, markersize=9, markeredgecolor=INK,
-                transform=ax.get_xaxis_transform(), clip_on=False)  # fmt: skip
-        ax.annotate(text, (x, height), xycoords=ax.get_xaxis_transform(), xytext=(-9 if leftwards else 9, 0),
-                    textcoords="offset points", ha="right" if leftwards else "left", va="center",
-                    fontsize=9)  # fmt: skip
+    step = min(0.06, 0.6 / len(rows))
+    ax.set_ylim(low, high * (high / low) ** (step * len(rows) / (1 - step * len(rows))))
+    middle = np.sqrt(np.prod(ax.get_xlim()))
+    for rank, ((x, reason), members) in enumerate(rows.items()):
+        text = f"{textwrap.shorten(', '.join(name for _, name in members), 34, placeholder=' ...')}: {reason}"
+        _crosses(ax, (x, 1 - step * (rank + 0.5)), [colour for colour, _ in members], text, x > middle)
+
+
+def _crosses(ax: Axes, place: tuple[float, float], colours: list[str], text: str, leftwards: bool) -> None:
+    """A cross of each colour side by side, and what they are."""
+    way, inches = -1 if leftwards else 1, ax.get_figure().dpi_scale_trans  # type: ignore[union-attr]
+    for number, colour in enumerate(colours):
+        moved = ScaledTranslation(way * number * 11 / 72, 0, inches)
+        ax.plot(*place, "X", color=colour, markersize=9, markeredgecolor=INK, clip_on=False,
+                transform=ax.get_xaxis_transform() + moved)  # fmt: skip
+    ax.annotate(text, place, xycoords=ax.get_xaxis_transform(), xytext=(way * (11 * len(colours) - 2), 0),
+                textcoords="offset points", ha="right" if leftwards else "left", va="center", fontsize=9)  # fmt: skip
 
 
 def short_reason(row: pd.Series) -> str:
@@ -139,7 +156,7 @@ def short_reason(row: pd.Series) -> str:
     reason = str(row["reason"]) if pd.notna(row["reason"]) else ""
     if needs_memory := re.search(r"needs ([\d.]+ GiB)", reason):
         return f"{row['status']}, needs {needs_memory[1]}"
-    return f"{row['status']}, {textwrap.shorten(reason, 32, placeholder=' ...')}".rstrip(", ")
+    return f"{row['status']}, {textwrap.shorten(reason, 24, placeholder=' ...')}".rstrip(", ")
 
 
 def side_axis(ax: Axes, sides: list[int]) -> None:
@@ -165,10 +182,10 @@ def memory_axis(ax: Axes, sides: list[int], ylabel: str) -> None:
 def legend(ax: Axes, drawn: list[Line], *notes: Line2D) -> None:
     """Right of the panel, in the order of the curves, then ``notes``: what other lines and marks stand for."""
     handles = [_handle(name, label, dash) for name, label, dash, _ in drawn]
-    handles += [Line2D([], [], linestyle="", label=" "), *notes] if notes else []
+    handles += [Line2D([], [], linestyle="", label=" "), *notes] if notes and handles else notes
     many = len(handles) > 16
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9 if many else 10,
-              labelspacing=0.3 if many else 0.6)  # fmt: skip
+              labelspacing=0.3 if many else 0.6, ncols=1 + len(handles) // 26)  # fmt: skip
 
 
 def _handle(name: str, label: str, dash: Any) -> Line2D:

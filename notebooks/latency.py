@@ -20,20 +20,26 @@ def timed_modes(results: Results) -> list[str]:
 
 @needs("resolution")
 def figure(results: Results) -> Figure | None:
-    """A panel per mode: latency of every attention against tokens per side, bars between the quartiles."""
+    """A panel per mode and dtype: latency of every attention against tokens per side, bars between the quartiles."""
     modes = timed_modes(results)
     if not modes:
         say("No cell of the `resolution` sweep was timed on this device: `python run_all.py --only resolution --fresh`")
         return None
-    fig, axes = plt.subplots(1, len(modes), figsize=(3 + 5.2 * len(modes), 6), squeeze=False, layout="constrained")
-    for ax, mode in zip(axes[0], modes, strict=True):
-        rows = resolution(results, mode)
-        side_axis(ax, tried(rows))
-        latency_panel(ax, list(lines(rows)), QUARTILES)
-        ax.set_title(MODES[mode].capitalize())
-        ax.set_ylabel("latency of one step, ms (median and quartiles)")
-    rows = results.sweep("resolution")
-    legend(axes[0][-1], list(lines(rows)), CROSS)
+    rows = results.sweep("resolution").dropna(subset=["dtype"])
+    dtypes = list(rows["dtype"].unique())
+    fig, axes = plt.subplots(len(dtypes), len(modes), figsize=(3 + 5.2 * len(modes), 0.6 + 5.4 * len(dtypes)),
+                             squeeze=False, layout="constrained")  # fmt: skip
+    for row_of_axes, dtype in zip(axes, dtypes, strict=True):
+        for ax, mode in zip(row_of_axes, modes, strict=True):
+            part = rows[(rows["mode"] == mode) & (rows["dtype"] == dtype)]
+            if part.empty:
+                ax.set_axis_off()
+                continue
+            side_axis(ax, tried(part))
+            latency_panel(ax, list(lines(part)), QUARTILES)
+            ax.set_title(MODES[mode].capitalize() + f", {dtype}" * (len(dtypes) > 1))
+            ax.set_ylabel("latency of one step, ms (median and quartiles)")
+        legend(row_of_axes[-1], list(lines(rows[rows["dtype"] == dtype])), CROSS)
     fig.suptitle("One step of one attention layer against resolution", x=0.01, ha="left", weight="bold", fontsize=14)
     caption(fig, rows, labelled=True)
     return save(fig, "latency")

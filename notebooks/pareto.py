@@ -13,24 +13,26 @@ from notebooks.complexity import at_shape, shape
 from notebooks.curves import CROSS, FAILED, failed_marks, legend, log_ticks, short_reason
 from notebooks.export import publish
 from notebooks.limits import MODES, cells
-from notebooks.plots import FAINT, INK, MIB, Results, caption, needs, number, save, say, series, style
+from notebooks.plots import DASHES, FAINT, INK, MIB, Results, caption, needs, number, save, say, series, style, usual
 
 COSTS = ["latency", "memory", "macs"]
 AXES = {"macs": "MACs of the step, millions", "memory": "peak memory, MiB", "keys": "keys that a query attends to"}
+FILLS = dict(zip(DASHES, ("full", "none", "left", "bottom"), strict=True))
+"""How marks of one attention's variants are filled, where their curves would be dashed."""
 CERTAIN, POSSIBLE = "yes", "within noise"
 
 
 def points(results: Results, mode: str) -> pd.DataFrame:
     """Costs of each attention at the grid of comparison: latency in ms with quartiles, MiB, millions of MACs."""
-    rows = at_shape(results).query("mode == @mode")
+    rows = usual(at_shape(results).query("mode == @mode"))
     found = {}
-    for name, label, _, part in series(rows):
+    for name, label, dash, part in series(rows):
         cell, first = cells(part).iloc[0], part.iloc[0]
         memory = cell["memory_peak_bytes"] if pd.notna(cell["memory_peak_bytes"]) else cell["memory_predicted_bytes"]
         backward = 0 if pd.isna(first["macs_backward_counted"]) else first["macs_backward_counted"]
-        middle = cell["latency_p50_ms"]
         found[label] = {
-            "name": name, "latency": middle, "low": cell["latency_p25_ms"], "high": cell["latency_p75_ms"],
+            "name": name, "fill": FILLS[dash],
+            "latency": cell["latency_p50_ms"], "low": cell["latency_p25_ms"], "high": cell["latency_p75_ms"],
             "memory": memory / MIB, "macs": (cell["macs_counted"] + backward) / 1e6,
             "keys": first["kv_tokens_per_query"], "status": cell["status"], "reason": cell["reason"],
         }  # fmt: skip
@@ -123,8 +125,8 @@ def figure(results: Results, mode: str) -> Figure | None:
     failed = found[found["status"].isin(FAILED)]
     for ax, column in zip(axes, AXES, strict=True):
         known = failed.dropna(subset=[column])
-        texts = [f"{label}: {short_reason(row)}" if ax is axes[0] else "" for label, row in known.iterrows()]
-        failed_marks(ax, list(zip(known[column], [style(name)[0] for name in known["name"]], texts, strict=True)))
+        failed_marks(ax, [(row[column], style(row["name"])[0], str(label), short_reason(row)) for label, row in
+                          known.iterrows()])  # fmt: skip
     log_ticks(axes[0].yaxis)
     axes[0].set_ylabel("latency of one step, ms (median, quartiles)")
     for ax, title in zip(axes, ("MACs", "Memory", "Keys: more are better"), strict=True):
@@ -137,8 +139,9 @@ def _scatter(ax: Axes, found: pd.DataFrame, column: str, on: pd.Series) -> None:
     for label, row in found.dropna(subset=[column, "latency"]).iterrows():
         colour, marker = style(row["name"])
         bars = [[max(row["latency"] - row["low"], 0)], [max(row["high"] - row["latency"], 0)]]
+        edge = "white" if row["fill"] == "full" else colour
         ax.errorbar(row[column], row["latency"], yerr=np.nan_to_num(bars), color=colour, marker=marker, markersize=9,
-                    markeredgecolor="white", markeredgewidth=0.7, elinewidth=1.3)  # fmt: skip
+                    markeredgecolor=edge, markeredgewidth=0.7, elinewidth=1.3, fillstyle=row["fill"])  # fmt: skip
         if on[label] in (CERTAIN, POSSIBLE):
             ax.plot(row[column], row["latency"], "o", color="none", markeredgecolor=INK, markersize=17,
                     markeredgewidth=1.8, linestyle="", zorder=4, fillstyle="none")  # fmt: skip
@@ -154,12 +157,15 @@ def _finish(fig: Figure, ax: Axes, found: pd.DataFrame, results: Results, mode: 
                label="faint: within noise"),
     ]  # fmt: skip
     ordered = found.sort_values("latency", ascending=False)
-    drawn = [(row["name"], str(label), "", found) for label, row in ordered.iterrows()]
-    legend(ax, drawn, *rings, *([CROSS] if found["status"].isin(FAILED).any() else []))
+    marks = [
+        Line2D([], [], linestyle="", color=style(row["name"])[0], marker=style(row["name"])[1], fillstyle=row["fill"],
+               label=str(label)) for label, row in ordered.iterrows()
+    ]  # fmt: skip
+    legend(ax, [], *marks, *rings, *([CROSS] if found["status"].isin(FAILED).any() else []))
     title = f"Costs at {shape(results)} x {shape(results)} tokens, {MODES[mode]}"
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=14)
     note = "Rings, left and middle: the Pareto front of latency, memory and MACs. Right: with keys per query as a gain."
-    caption(fig, at_shape(results).query("mode == @mode"), note, labelled=True)
+    caption(fig, usual(at_shape(results).query("mode == @mode")), note, labelled=True)
 
 
 def findings(results: Results) -> list[str]:

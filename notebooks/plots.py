@@ -8,7 +8,7 @@ import contextlib
 import functools
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +51,10 @@ OTHERS = [(colour, marker) for colour in ("#A6761D", "#7570B3", "#E7298A", "#5A5
 DASHES = ("-", "--", ":", "-.")
 VARIANTS = ("impl_requested", "compiled", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win", "topk")
 """Columns that make lines of their own of one attention's rows, if they differ."""
+SETTING = [column for column in VARIANTS if column not in ("n_win", "topk")]
+"""Those of them that are no options of BRA."""
+SHAPE = ("dtype", "batch", "dim", "num_heads", "deterministic")
+"""Those of them that say what is computed, and not by which code."""
 SHARED = {"impl_requested": "impl", "dtype": "", "batch": "batch", "dim": "dim", "n_win": "n_win", "topk": "topk",
           "window_size": "window_size", "torch": "PyTorch"}  # fmt: skip
 """What a caption states if all rows share it, and in which words."""
@@ -176,6 +180,15 @@ def series(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
             pairs = zip(differing, values, strict=True)
             words = [_word(column, value) for column, value in pairs if pd.notna(value) and value != common[column]]
             yield str(name), f"{name} ({', '.join(words)})" if words else str(name), DASHES[number % len(DASHES)], part
+
+
+def usual(rows: pd.DataFrame, among: Iterable[str] = SHAPE) -> pd.DataFrame:
+    """The rows with the most common value of each of these columns, the first if several are: what can be compared."""
+    for column in among:
+        if rows[column].nunique() > 1:
+            counts = rows[column].value_counts(sort=False)
+            rows = rows[rows[column] == counts.idxmax()]
+    return rows
 
 
 def _word(column: str, value: Any) -> str:

@@ -21,9 +21,9 @@ from PIL import Image
 
 from notebooks import (
     bra_options,
-    break_even,
     complexity,
     cost_split,
+    crossover,
     curves,
     growth,
     latency,
@@ -58,7 +58,7 @@ SECTIONS = (
     Section("memory", "Which attention fits at my resolution?",
             [*(partial(curves.figure, mode=mode) for mode in BOTH), limits.limits], [limits.findings]),
     Section("latency", "Which attention is fast at my resolution?", [latency.figure], [latency.findings]),
-    Section("break-even", "From where on does BRA pay?", [break_even.figure, break_even.table], [break_even.findings]),
+    Section("break-even", "From where on does BRA pay?", [crossover.figure, crossover.table], [crossover.findings]),
     Section("pareto", "Which attention is not beaten?",
             [partial(show, mode=mode) for mode in BOTH for show in (pareto.figure, pareto.table)], [pareto.findings]),
     Section("bra", "What do topk, the number of regions and kv downsampling buy?",

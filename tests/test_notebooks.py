@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from notebooks import break_even, cost_split, export, limits, one_config, pareto, plots, programs, published, routes
+from notebooks import cost_split, crossover, export, limits, one_config, pareto, plots, programs, published, routes
 from profiling.rows import agree, load, validate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -388,7 +388,7 @@ def test_break_even(measured: pd.DataFrame, expected: list[tuple[float, float | 
     def close(value: float | None) -> Any:
         return None if value is None else pytest.approx(value)
 
-    found = [(one.side, one.low, one.high, one.falling) for one in break_even.crossings(measured)]
+    found = [(one.side, one.low, one.high, one.falling) for one in crossover.crossings(measured)]
     assert found == [(close(side), close(low), close(high), falling) for side, low, high, falling in expected]
 
 
@@ -405,7 +405,7 @@ def test_break_even_is_said_with_its_interval() -> None:
     results = measured({"bra": [1, 2], "window": [2, 1], "full": [4, 8]})
     low, high = (8 * 2 ** (math.log(1 / start) / math.log(4)) for start in (0.78125, 0.32))
     with plots.kept():
-        said = break_even.findings(results)
+        said = crossover.findings(results)
     assert said == [
         "Forward, bra (reference implementations) against full: no break-even in the measured range; it is faster "
         "throughout, and takes 0.250x at 8 and 0.250x at 16 the other's time.",
@@ -419,7 +419,7 @@ def test_break_even_compares_like_with_like() -> None:
     rows = [cell("resolution", "bra", "forward", side, 100, 1.0, impl_requested="sdpa") for side in (8, 16)]
     rows += [cell("resolution", "full", "forward", side, 100, 1.0) for side in (8, 16)]
     with plots.kept() as shown:
-        break_even.table(plots.Results(validate(rows)))
+        crossover.table(plots.Results(validate(rows)))
     assert shown == ["The `resolution` sweep holds no rows of bra beside full or window in the same setting."]
 
 
@@ -468,7 +468,7 @@ def test_what_is_kept_is_neither_shown_nor_written(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("ATTENTION_FIGURES", str(tmp_path / "figures"))
     monkeypatch.setenv("ATTENTION_TABLES", str(tmp_path / "tables"))
     with plots.kept() as shown:
-        figure = break_even.figure(measured({"bra": [1, 2], "full": [2, 1]}))
+        figure = crossover.figure(measured({"bra": [1, 2], "full": [2, 1]}))
         export.publish(pd.DataFrame({"a": ["1"]}), "name", "note")
         plots.say("one", "two")
     assert shown == [figure, "| a |\n| ---: |\n| 1 |\n\nnote\n", "- one\n- two"] and not list(tmp_path.iterdir())

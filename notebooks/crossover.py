@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,11 +16,9 @@ from notebooks.curves import legend, log_ticks, side_axis
 from notebooks.export import publish
 from notebooks.latency import timed_modes
 from notebooks.limits import MODES, Line, cells, resolution
-from notebooks.plots import DASHES, FAINT, INK, Results, caption, needs, number, save, say, series, style
+from notebooks.plots import DASHES, FAINT, INK, SETTING, Results, caption, needs, number, save, say, series, style
 
 OURS, RIVALS = "bra", ("full", "window")
-SETTING = ("impl_requested", "compiled", "deterministic", "dtype", "batch", "dim", "num_heads")
-"""What two lines must have in common to be compared."""
 MEMORY, MACS = "memory_predicted_bytes", "macs_counted"
 
 
@@ -78,10 +77,10 @@ def crossings(ratio: pd.DataFrame) -> list[Crossing]:
 
 
 def pairs(rows: pd.DataFrame) -> Iterator[tuple[Line, str, pd.DataFrame]]:
-    """Each line of BRA with each rival that was run in the same setting: the line, the rival, the rival's cells."""
+    """Each line of BRA with each rival that was run in the same SETTING: the line, the rival, the rival's cells."""
     ours = [line for line in series(rows) if line[0] == OURS]
     for rank, (name, label, _, part) in enumerate(ours):
-        alike = (rows[list(SETTING)].astype(str) == part[list(SETTING)].astype(str).iloc[0]).all(axis=1)
+        alike = (rows[SETTING].astype(str) == part[SETTING].astype(str).iloc[0]).all(axis=1)
         for rival in RIVALS:
             theirs = rows[alike & (rows["name"] == rival)]
             if len(theirs):
@@ -148,8 +147,8 @@ def figure(results: Results) -> Figure | None:
     fig, axes = plt.subplots(1, len(drawn), figsize=(2.6 + 4.7 * len(drawn), 4.8), squeeze=False, sharey=True,
                              layout="constrained")  # fmt: skip
     for ax, (mode, found) in zip(axes[0], drawn.items(), strict=True):
-        for dash, rival, ratio in found:
-            _draw(ax, dash, rival, ratio)
+        for rank, (dash, rival, ratio) in enumerate(found):
+            _draw(ax, dash, rival, ratio, above=rank < len(found) / 2)
         ax.axhline(1, color=INK, linewidth=1.2)
         side_axis(ax, sorted({int(side) for *_, ratio in found for side in ratio.index}))
         ax.set_yscale("log")
@@ -164,15 +163,18 @@ def _timed_pairs(results: Results, mode: str) -> list[tuple[str, str, pd.DataFra
     return [(dash, rival, ratio) for dash, rival, ratio in ratios if len(ratio)]
 
 
-def _draw(ax: Axes, dash: str, rival: str, ratio: pd.DataFrame) -> None:
+def _draw(ax: Axes, dash: str, rival: str, ratio: pd.DataFrame, above: bool) -> None:
     colour, marker = style(rival)
     ax.fill_between(ratio.index.to_numpy(float), ratio["low"], ratio["high"], color=colour, alpha=0.2, linewidth=0)
     ax.plot(ratio.index, ratio["middle"], dash, color=colour, marker=marker, markersize=8, markeredgecolor="white")
+    side: dict[str, Any] = {"xytext": (7, 7), "ha": "left", "va": "bottom"}
+    if not above:
+        side = {"xytext": (-7, -7), "ha": "right", "va": "top"}
     for one in crossings(ratio):
         low, high = one.low or float(ratio.index[0]), one.high or float(ratio.index[-1])
         ax.plot([low, high], [1, 1], color=colour, linewidth=5, alpha=0.9, solid_capstyle="butt", zorder=3)
         ax.plot(one.side, 1, "o", color="white", markeredgecolor=colour, markeredgewidth=2, markersize=10, zorder=4)
-        ax.annotate(f"{one.side:.0f}", (one.side, 1), xytext=(7, 7), textcoords="offset points", weight="bold",
+        ax.annotate(f"{one.side:.0f}", (one.side, 1), **side, textcoords="offset points", weight="bold",
                     color=colour, zorder=5)  # fmt: skip
 
 
@@ -186,7 +188,12 @@ def _finish(fig: Figure, axes: np.ndarray, results: Results) -> None:
     rivals = [(rival, f"against {rival}", "-", rows) for rival in RIVALS if (rows["name"] == rival).any()]
     ring = Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=FAINT, markeredgewidth=2,
                   markersize=9, label="ring: break-even")  # fmt: skip
-    legend(axes[-1], rivals, ring, Line2D([], [], color=FAINT, linewidth=8, alpha=0.3, label="band: quartiles"))
+    ours = {label: dash for mode in MODES for (_, label, dash, _), *_ in pairs(resolution(results, mode))}
+    dashes: list[Any] = [Line2D([], [], color=FAINT, label=label) for label in ours] if len(ours) > 1 else []
+    for handle, dash in zip(dashes, ours.values(), strict=False):
+        handle.set_linestyle(dash)
+    band = Line2D([], [], color=FAINT, linewidth=8, alpha=0.3, label="band: quartiles")
+    legend(axes[-1], rivals, *dashes, ring, band)
     fig.suptitle(f"Where {OURS} breaks even", x=0.01, ha="left", weight="bold", fontsize=14)
     compared = rows[rows["name"].isin((OURS, *RIVALS))]
     caption(fig, compared, "Straight lines in log-log between measured grids. Bar: where the quartiles leave it open.")
