@@ -17,6 +17,7 @@ from profiling.arguments import Parser, run_reporting
 from profiling.case import CHOICES, Case, available_impls
 from profiling.cell import Job, profile_operators, theory
 from profiling.cell import measure as measure_cell
+from profiling.rows import agree
 
 EXAMPLES = """examples:
   python -m profiling --attention bra --height 56 --width 56 --dim 64 --num-heads 2 --n-win 7 --topk 4
@@ -65,6 +66,7 @@ def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[d
     if outcome.status == "ok":
         outcome = isolation.call(measure_cell, job)
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
+        row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row.get("macs_fvcore"))
     if row["status"] != "ok":
         return row, []
     profiled = isolation.call(profile_operators, job, trace and str(Path(trace).resolve()))

@@ -62,5 +62,8 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-FUSED: dict[str, Callable[..., int]] = {"aten::scaled_dot_product_attention": _attention}
+FUSED: dict[str, Callable[..., int]] = {
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+}
 """Operators that fvcore does not know and would count as nothing."""
