@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -12,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from notebooks.curves import log_ticks
+from notebooks.curves import FAILED, failed_marks, log_ticks, short_reason
 from notebooks.limits import MODES
-from notebooks.plots import FAINT, INK, MIB, SETTING, Results, caption, needs, number, save, say, usual
+from notebooks.plots import FAINT, MIB, SETTING, Results, caption, needs, number, save, say, usual
 
 METRICS = {"latency_p50_ms": ("latency, ms (median)", 1.0), "memory_peak_bytes": ("peak memory, MiB", MIB)}
 KV_STYLES = {
@@ -41,7 +40,11 @@ def topk_maps(results: Results) -> Figure:
             _heat_map(ax, rows[rows["mode"] == mode], metric, ("n_win", "topk"))
             ax.set(title=_panel(metric, mode), xlabel="topk (routed regions per query region)", ylabel="n_win")
     _title(fig, rows, "topk and regions per side")
-    caption(fig, rows, "Darker is more, on a log scale of each panel. Empty: topk exceeds the regions there are.")
+    caption(
+        fig,
+        rows,
+        f"Darker is more, on a log scale of each panel. Empty: topk exceeds the regions there are.{_why(rows)}",
+    )
     return save(fig, "topk")
 
 
@@ -59,8 +62,14 @@ def kv_maps(results: Results) -> Figure:
             _heat_map(ax, rows[rows["mode"] == mode], metric, ("kv_downsample_mode", "keys"))
             ax.set(title=_panel(metric, mode), xlabel="keys that a query attends to", ylabel="")
     _title(fig, rows, "ways to reduce keys and values")
-    caption(fig, rows, "Darker is more, on a log scale of each panel. Empty: the mode was not run with so many keys.")
+    caption(fig, rows, f"Darker is more, on a log scale of each panel. Empty: the mode was not run so.{_why(rows)}")
     return save(fig, "kv_downsample_map")
+
+
+def _why(rows: pd.DataFrame) -> str:
+    """For the caption: why cells failed; empty if none did."""
+    reasons = sorted({short_reason(row) for _, row in rows[rows["status"].isin(FAILED)].iterrows()})
+    return f" Red: failed ({'; '.join(reasons)})." if reasons else ""
 
 
 def _panel(metric: str, mode: str) -> str:
@@ -116,7 +125,7 @@ def kv_curves(results: Results) -> Figure:
 
 def _kv_panel(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
     words, unit = METRICS[metric]
-    failed: list[tuple[float, str, str]] = []
+    failed: list[tuple[float, str, str, str]] = []
     for rank, (name, (colour, marker)) in enumerate(KV_STYLES.items()):
         part = rows[(rows["kv_downsample_mode"] == name)].sort_values("kv_tokens_per_query")
         keys, values = part["kv_tokens_per_query"].astype(float), part[metric].astype(float) / unit
@@ -129,18 +138,14 @@ def _kv_panel(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
             for x, row in zip(keys, part.itertuples(), strict=True):
                 if pd.notna(row.latency_low_ms) and pd.notna(row.latency_high_ms):
                     ax.plot([x, x], [row.latency_low_ms, row.latency_high_ms], color=colour, linewidth=1)
-        for x, status in zip(keys, part["status"], strict=True):
-            if status != "ok" and pd.notna(x):
-                failed.append((x, colour, f"{name}: {status}"))
-    for height, (x, colour, text) in zip(np.linspace(0.97, 0.5, max(8, len(failed))), failed, strict=False):
-        ax.plot(x, height, "X", color=colour, markeredgecolor=INK, markersize=9, transform=ax.get_xaxis_transform())
-        ax.annotate(text, (x, height), xycoords=ax.get_xaxis_transform(), xytext=(-9, 0), textcoords="offset points",
-                    ha="right", va="center", fontsize=9)  # fmt: skip
+        gone = part[part["status"].isin(FAILED)].dropna(subset=["kv_tokens_per_query"])
+        failed += [(row["kv_tokens_per_query"], colour, name, short_reason(row)) for _, row in gone.iterrows()]
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(sorted(rows["kv_tokens_per_query"].dropna().unique())))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_yscale("log")
+    failed_marks(ax, failed)
     log_ticks(ax.yaxis)
     ax.set(title=f"{words}: {MODES[mode]}", xlabel="keys that a query attends to", ylabel=words)
 

@@ -161,7 +161,14 @@ def _finish(fig: Figure, ax: Axes, found: pd.DataFrame, results: Results, mode: 
         Line2D([], [], linestyle="", color=style(row["name"])[0], marker=style(row["name"])[1], fillstyle=row["fill"],
                label=str(label)) for label, row in ordered.iterrows()
     ]  # fmt: skip
-    legend(ax, [], *marks, *rings, *([CROSS] if found["status"].isin(FAILED).any() else []))
+    legend(
+        ax,
+        [],
+        *marks,
+        Line2D([], [], linestyle="", label=" "),
+        *rings,
+        *([CROSS] if found["status"].isin(FAILED).any() else []),
+    )
     title = f"Costs at {shape(results)} x {shape(results)} tokens, {MODES[mode]}"
     fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=14)
     note = "Rings, left and middle: the Pareto front of latency, memory and MACs. Right: with keys per query as a gain."

@@ -17,8 +17,8 @@ def torch_is_there() -> bool:
         return False
 
 
-def run(*words: str) -> str:
-    """What ``python -m *words`` prints, run from the root of the repository.
+def run(*words: str, folder: Path = ROOT) -> str:
+    """What ``python -m *words`` prints, run from ``folder``.
 
     Raises:
         ValueError: the command was refused (exit status 2); the message is its own.
@@ -26,8 +26,9 @@ def run(*words: str) -> str:
     """
     # A notebook's kernel sets the backend to one that draws into notebooks.
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     last = (done.stderr.strip() or "no message").splitlines()[-1]
     if done.returncode == 2:

@@ -1,31 +1,37 @@
 """Pictures of the regions that BRA routes a query to, and what topk makes of the tokens it sees."""
 
+import shutil
+import tempfile
+from pathlib import Path
+
 import pandas as pd
 from IPython.display import Image, display
 
 from notebooks.export import markdown
-from notebooks.plots import Results, needs, number, say
+from notebooks.plots import ROOT, Results, needs, number, say
 from notebooks.programs import figures_folder, run, torch_is_there
 
 QUERY = "20,24"
-OPTIONS = "--topk 8"
+OPTIONS = ""
+"""Of the command, such as ``--n-win 8``."""
 IMAGE = ""
 """A picture of yours; empty: the photograph that comes with matplotlib."""
 
 
 def draw(query: str = QUERY, options: str = OPTIONS, image: str = IMAGE) -> None:
     """Draw the routes of ``query`` (row,column) where PyTorch is there; show every picture of routes that is kept."""
-    folder = figures_folder()
+    folder, words = figures_folder(), ["attention_zoo", "bra", "--query", query, *options.split()]
+    command = f"`python -m {' '.join(words)}`"
     if torch_is_there():
+        words += ["--image", str(ROOT / image)] if image else []
         folder.mkdir(parents=True, exist_ok=True)
-        words = ["attention_zoo", "bra", *options.split(), "--query", query, "--out", str(folder / "routes.png")]
-        run(*words, *(["--image", image] if image else []))
-        say(f"Drawn just now: `python -m attention_zoo bra {options} --query {query}`.")
+        with tempfile.TemporaryDirectory() as scratch:
+            # It prints the name of the file that it writes.
+            shutil.copyfile(Path(scratch) / run(*words, folder=Path(scratch)).strip(), folder / "routes.png")
+        say(f"Drawn just now: {command}.")
     kept = sorted(folder.glob("routes*.png"))
     if not torch_is_there():
-        none = (
-            f"There is no PyTorch here, and no picture: `python -m attention_zoo bra {options} --query {query}` draws."
-        )
+        none = f"There is no PyTorch here, and no picture: {command} draws one."
         say("There is no PyTorch here: these pictures were drawn before." if kept else none)
     for path in kept:
         display(Image(filename=str(path), width=900))
