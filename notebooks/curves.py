@@ -107,11 +107,11 @@ def latency_panel(ax: Axes, drawn: list[Line], ends: tuple[str, str]) -> None:
     log_ticks(ax.yaxis)
 
 
-def log_ticks(axis: Axis) -> None:
-    """Ticks in plain numbers; more of them where the axis spans few decades."""
+def log_ticks(axis: Axis, room: float = 3) -> None:
+    """Ticks in plain numbers; more of them where the axis spans fewer decades than there is room for."""
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low)
-    steps = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 1.2 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    steps = (1.0,) if decades > room else (1.0, 2.0, 5.0) if decades > 1.2 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axis.set_major_locator(LogLocator(base=10, subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
     axis.set_minor_locator(NullLocator())

@@ -17,6 +17,8 @@ from notebooks.plots import DASHES, FAINT, INK, MIB, Results, caption, needs, nu
 
 COSTS = ["latency", "memory", "macs"]
 AXES = {"macs": "MACs of the step, millions", "memory": "peak memory, MiB", "keys": "keys that a query attends to"}
+MARGIN = 1.5
+"""By which factor the horizontal axes exceed what they show."""
 FILLS = dict(zip(DASHES, ("full", "none", "left", "bottom"), strict=True))
 """How marks of one attention's variants are filled, where their curves would be dashed."""
 CERTAIN, POSSIBLE = "yes", "within noise"
@@ -117,11 +119,14 @@ def figure(results: Results, mode: str) -> Figure | None:
         return None
     on = fronts(found)
     fig, axes = plt.subplots(1, 3, figsize=(15, 5.2), sharey=True, layout="constrained")
+    shown = found[found["latency"].notna() | found["status"].isin(FAILED)]
     for ax, (column, words) in zip(axes, AXES.items(), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=words)
+        if shown[column].notna().any():
+            ax.set_xlim(shown[column].min() / MARGIN, shown[column].max() * MARGIN)
         _scatter(ax, found, column, on["costs and keys" if column == "keys" else "costs"])
     for ax in axes:
-        log_ticks(ax.xaxis)
+        log_ticks(ax.xaxis, room=2.2)
     failed = found[found["status"].isin(FAILED)]
     for ax, column in zip(axes, AXES, strict=True):
         known = failed.dropna(subset=[column])
