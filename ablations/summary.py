@@ -41,7 +41,8 @@ def write_page(folder: Path) -> None:
         print(f"Report: {folder / 'report.html'}")
     else:
         why = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        print(f"No report.html ({why}); it needs the extra `notebooks`: pip install '.[notebooks]'", file=sys.stderr)
+        cure = "; it needs pip install '.[notebooks]'" if why.startswith("ModuleNotFoundError") else ""
+        print(f"No report.html: {why}{cure}", file=sys.stderr)
 
 
 def findings(rows: pd.DataFrame) -> list[str]:

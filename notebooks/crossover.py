@@ -220,7 +220,8 @@ def _said(ratio: pd.DataFrame) -> str:
     found = crossings(ratio)
     if not found:
         way = "slower" if ratio["middle"].iloc[-1] > 1 else "faster"
-        at = " and ".join(f"{number(value)}x at {side}" for side, value in dict(ratio["middle"].iloc[[0, -1]]).items())
+        ends = ratio["middle"].iloc[sorted({0, len(ratio) - 1})]
+        at = " and ".join(f"{number(value)}x at {side}" for side, value in ends.items())
         return f"no break-even in the measured range; it is {way} throughout, and takes {at} the other's time"
     parts = [f"{'faster' if one.falling else 'slower'} from {one} tokens per side on" for one in found]
     last, value = ratio.index[-1], ratio["middle"].iloc[-1]

@@ -392,7 +392,7 @@ def test_break_even(measured: pd.DataFrame, expected: list[tuple[float, float | 
     assert found == [(close(side), close(low), close(high), falling) for side, low, high, falling in expected]
 
 
-def measured(times: dict[str, list[float]], **more: Any) -> plots.Results:
+def measured(times: dict[str, list[Any]], **more: Any) -> plots.Results:
     """A resolution sweep at grids of 8 and 16 with these times."""
     pairs = [(name, side, ms) for name, both in times.items() for side, ms in zip((8, 16), both, strict=True)]
     return plots.Results(
@@ -413,6 +413,12 @@ def test_break_even_is_said_with_its_interval() -> None:
         f"{high:.0f}) tokens per side on; at 16 x 16 it takes 2.00x the other's time.",
     ]
     assert (round(low), round(high)) == (9, 14)
+
+
+def test_one_common_grid_is_no_range() -> None:
+    with plots.kept():
+        said = crossover.findings(measured({"bra": [1, None], "full": [2, None]}))
+    assert len(said) == 1 and said[0].endswith("it is faster throughout, and takes 0.500x at 8 the other's time.")
 
 
 def test_break_even_compares_like_with_like() -> None:

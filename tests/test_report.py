@@ -146,7 +146,7 @@ def test_without_its_packages_a_run_says_what_the_page_needs(
     summary.write_page(folder(tmp_path / "device", [cell("topk", "bra", "forward", 56, 2**20, 1.0)]))
     told = capsys.readouterr()
     assert told.out == "" and len(told.err.splitlines()) == 1
-    assert re.match(r"No report.html \(.*matplotlib.*\); it needs the extra `notebooks`", told.err)
+    assert re.match(r"No report.html: .*matplotlib.*; it needs pip install '.\[notebooks\]'", told.err)
 
 
 def test_the_page_needs_no_pytorch(device: Path, tmp_path: Path) -> None:
