@@ -15,16 +15,16 @@ from attention_zoo.options import Option
 from profiling import environment, isolation, page
 from profiling.arguments import Parser, run_reporting
 from profiling.case import CHOICES, Case, available_impls
-from profiling.cell import Job, profile_operators, theory
+from profiling.cell import Job, breakdown, theory
 from profiling.cell import measure as measure_cell
 from profiling.rows import agree
 
 EXAMPLES = """examples:
-  python -m profiling --attention bra --height 56 --width 56 --dim 64 --num-heads 2 --n-win 7 --topk 4
-  python -m profiling --attention bra --kv-downsample-mode avgpool --kv-downsample-ratio 2 --mode forward_backward
+  python -m profiling --attention bra --height 56 --width 56 --n-win 7 --topk 4
+  python -m profiling --kv-downsample-mode avgpool --mode forward_backward
   python -m profiling --attention window --window-size 8 --impl sdpa --json
-  python -m profiling --model biformer_small --height 224 --width 224 --trace traces/small
-  python -m profiling --attention bra --help          the options of one attention
+  python -m profiling --model biformer_small --trace traces/small
+  python -m profiling --attention bra --help       the options of one attention
 """
 INVALID = f"{InvalidOption.__name__}: "
 """How the reason of a cell begins that was refused for its options."""
@@ -43,17 +43,22 @@ def _run(arguments: list[str]) -> int:
         raise InvalidOption(f"--device {case.device}: {reason}; valid here: cpu")
     if given.trace and not _writable(Path(given.trace)):
         raise InvalidOption(f"--trace {given.trace}: no permission to write there")
-    row, operators = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
+    with Console(stderr=True).status("measuring, in processes of its own"):
+        row, parts = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
     if given.json:
-        print(json.dumps(row | {"heaviest_operators": operators}, indent=2))
+        print(json.dumps(row | parts, indent=2))
     else:
-        page.show(case, row, operators, Console())
+        page.show(case, row, parts, Console())
         if given.trace and row["status"] == "ok":
-            print(f"Trace in {given.trace}: make tensorboard DIR={given.trace}, or open it in https://ui.perfetto.dev")
+            print(f"Trace in {given.trace}, for https://ui.perfetto.dev or\nmake tensorboard DIR={given.trace}")
+            if case.device == "cuda":
+                print("Memory snapshot beside it, for https://docs.pytorch.org/memory_viz")
     return 0 if row["status"] == "ok" else 1
 
 
-def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _measure(
+    case: Case, plugins: tuple[str, ...], trace: str | None
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     isolation.start()
     job = Job(case, plugins)
     outcome = isolation.call(theory, job)
@@ -68,11 +73,11 @@ def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[d
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
         row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row.get("macs_fvcore"))
     if row["status"] != "ok":
-        return row, []
-    profiled = isolation.call(profile_operators, job, trace and str(Path(trace).resolve()))
+        return row, {"stages": [], "heaviest_operators": []}
+    profiled = isolation.call(breakdown, job, trace and str(Path(trace).resolve()))
     if trace and profiled.status != "ok":
         raise OSError(f"--trace {trace}: {profiled.reason}")
-    return row, profiled.value or []
+    return row, profiled.value or {}
 
 
 def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
@@ -86,7 +91,7 @@ def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
         raise InvalidOption(f"unknown model {chosen.model!r}; valid: {', '.join(MODELS)}")
     parser = Parser(
         prog="python -m profiling", epilog=EXAMPLES,
-        description="Cost, memory, latency and heaviest operators of one attention or model, at one size.",
+        description="Cost, memory, latency, stages and heaviest operators of one attention or\nmodel, at one size.",
     )  # fmt: skip
     _add_choice(parser)
     _add_common(parser, chosen)

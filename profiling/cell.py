@@ -107,14 +107,14 @@ def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[
     return columns | {"macs_agree": agree(None, forward, columns["macs_fvcore"])}
 
 
-def profile_operators(job: Job, folder: str | None) -> list[dict[str, Any]]:
-    """The heaviest operators of a case, as profiling.trace gives them; with ``folder``, a trace in it."""
+def breakdown(job: Job, folder: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Stages and heaviest operators of a case, as profiling.trace gives them; with ``folder``, a trace in it."""
     job.load()
     work = job.case.workload(job.case.device)
-    operators = trace.heaviest_operators(work, job.case.device)
+    found = trace.breakdown(work, job.case.device)
     if folder is not None:
         trace.write_trace(work, job.case.device, folder)
-    return operators
+    return found
 
 
 def measure_workload(work: Workload, device: str, patience: latency.Patience, compiled: bool = False) -> dict[str, Any]:

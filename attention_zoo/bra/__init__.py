@@ -17,6 +17,7 @@ from attention_zoo.contract import Attention, Impl, InvalidOption, Macs
 from attention_zoo.lepe import depthwise
 from attention_zoo.options import AtLeast0, AtLeast1
 from attention_zoo.registry import register
+from attention_zoo.stages import stage
 
 
 class QKVLinear(nn.Module):
@@ -114,7 +115,8 @@ class BiLevelRoutingAttention(Attention):
             out, index, weight = sdpa.forward(self, padded, side)
         else:
             out, index, weight = reference.forward(self, padded, side, valid)
-        return regions.crop(self.wo(out), height, width), index, weight
+        with stage("bra.output"):
+            return regions.crop(self.wo(out), height, width), index, weight
 
     def unsupported(self, impl: str, x: Tensor) -> str | None:
         if (

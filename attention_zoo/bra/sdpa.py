@@ -20,6 +20,7 @@ from torch import Tensor
 from attention_zoo import regions
 from attention_zoo.attend import merge_heads, split_heads
 from attention_zoo.contract import Unsupported
+from attention_zoo.stages import stage
 
 if TYPE_CHECKING:
     from attention_zoo.bra import BiLevelRoutingAttention
@@ -36,24 +37,29 @@ def forward(
 ) -> tuple[Float[Tensor, "b h w c"], Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
     """BRA before its output projection, and its routes; ``side`` regions per side divide the grid."""
     batch, e, dim = x.shape[0], bra.qk_dim, x.shape[3]
-    tokens = regions.to_regions(x, side, side)
-    parts = zip(*(t.split([e, e, dim]) for t in (bra.qkv.qkv.weight, bra.qkv.qkv.bias)), strict=True)
-    # Three products instead of one, so that each result lies by itself in memory.
-    q, k, v = (F.linear(tokens, weight, bias) for weight, bias in parts)
-    index, strength = bra.router(q.mean(dim=(2, 3)), k.mean(dim=(2, 3)))
-    factor = _factor(bra, strength)
-    few_k, few_v = _downsampled(bra, k, v)
-    everywhere = torch.arange(batch, device=x.device)[:, None, None] * side**2 + index
-    flat = [None if t is None else t.flatten(0, 1) for t in (q.flatten(2, 3), few_k, few_v, everywhere, factor)]
-    # What needs no gradient stays outside of a Function, into which no tracer looks.
-    attend: Any = _RoutedAttention.apply if torch.is_grad_enabled() else _attend_routed
-    out, _ = attend(*flat, bra.num_heads, bra.scale)
-    out = rearrange(out, "(b r c) (y x) d -> b r y c x d", b=batch, r=side, y=tokens.shape[2])
+    with stage("bra.project"):
+        tokens = regions.to_regions(x, side, side)
+        parts = zip(*(t.split([e, e, dim]) for t in (bra.qkv.qkv.weight, bra.qkv.qkv.bias)), strict=True)
+        # Three products instead of one, so that each result lies by itself in memory.
+        q, k, v = (F.linear(tokens, weight, bias) for weight, bias in parts)
+        few_k, few_v = _downsampled(bra, k, v)
+    with stage("bra.route"):
+        index, strength = bra.router(q.mean(dim=(2, 3)), k.mean(dim=(2, 3)))
+    with stage("bra.attend"):
+        factor = _factor(bra, strength)
+        everywhere = torch.arange(batch, device=x.device)[:, None, None] * side**2 + index
+        flat = [None if t is None else t.flatten(0, 1) for t in (q.flatten(2, 3), few_k, few_v, everywhere, factor)]
+        # What needs no gradient stays outside of a Function, into which no tracer looks.
+        attend: Any = _RoutedAttention.apply if torch.is_grad_enabled() else _attend_routed
+        out, _ = attend(*flat, bra.num_heads, bra.scale)
+        out = rearrange(out, "(b r c) (y x) d -> b r y c x d", b=batch, r=side, y=tokens.shape[2])
     if bra.lepe is not None:
-        grid = rearrange(regions.from_regions(v, side, side), "b h w c -> b c h w")
-        # The grid's own layout first: it is the sum's, too.
-        out = rearrange(bra.lepe(grid), "b d (r y) (c x) -> b r y c x d", r=side, c=side) + out
-    return rearrange(out, "b r y c x d -> b (r y) (c x) d"), index, strength
+        with stage("bra.lepe"):
+            grid = rearrange(regions.from_regions(v, side, side), "b h w c -> b c h w")
+            # The grid's own layout first: it is the sum's, too.
+            out = rearrange(bra.lepe(grid), "b d (r y) (c x) -> b r y c x d", r=side, c=side) + out
+    with stage("bra.output"):
+        return rearrange(out, "b r y c x d -> b (r y) (c x) d"), index, strength
 
 
 def _downsampled(
