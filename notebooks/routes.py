@@ -11,7 +11,8 @@ from notebooks.export import markdown
 from notebooks.plots import ROOT, Results, needs, number, say
 from notebooks.programs import figures_folder, run, torch_is_there
 
-QUERY = "20,24"
+QUERY = "0.37,0.44"
+"""Row and column: fractions of the picture's sides, or pixels."""
 OPTIONS = ""
 """Of the command, such as ``--n-win 8``."""
 IMAGE = ""

@@ -224,7 +224,7 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
         ("profile_one_config", "The heaviest stage, bra.attend, takes 60% of the step's time."),
         ("routing_gallery", "| 7 x 7 | 4 | 256 | 8.2% | 10.00% |"),
         ("routing_gallery", "With 7 x 7 regions, topk 1 reaches 2.0% of the tokens and topk 16 33%"),
-        ("routing_gallery", "no picture: `python -m attention_zoo bra --query 20,24` draws one."),
+        ("routing_gallery", "no picture: `python -m attention_zoo bra --query 0.37,0.44` draws one."),
     ],
 )  # fmt: skip
 def test_what_is_said_follows_from_the_rows(notebook: str, sentence: str, shown: dict[tuple[str, str], str]) -> None:
