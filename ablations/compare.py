@@ -8,14 +8,15 @@ nothing of what differs between processes: expect more AMBIGUOUS, and false alar
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ablations.replicates import interval
 from attention_zoo import InvalidOption
+from profiling.replicates import interval
 from profiling.rows import KEY, STATUSES, load
 
 TOLERANCE = 0.05
@@ -105,6 +106,16 @@ def show(found: Comparison, console: Console) -> None:
             listed = [f"  {case}" for case in cases]
             console.print(f"{title} ({len(cases)}):", *listed, sep="\n", highlight=False, markup=False)
     console.print(_counts(found), highlight=False)
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """The comparison for scripts: every cell; a number that was not obtained is null."""
+    cells = found.cells.astype(object).where(found.cells.notna(), None)
+    environment = {column: {"a": left, "b": right} for column, (left, right) in found.environment.items()}
+    return {
+        "worse": found.worse, "cells": cells.to_dict("records"), "environment": environment,
+        "only_in_a": found.missing, "only_in_b": found.new,
+    }  # fmt: skip
 
 
 def markdown(found: Comparison) -> str:

@@ -20,6 +20,7 @@ import seaborn as sns
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
+from profiling.replicates import fastest
 from profiling.rows import SchemaError
 from profiling.rows import load as load_rows
 
@@ -49,7 +50,8 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 OTHERS = [(colour, marker) for colour in ("#A6761D", "#7570B3", "#E7298A", "#5A5A5A") for marker in "D<>pHd8"]
 DASHES = ("-", "--", ":", "-.")
-VARIANTS = ("impl_requested", "compiled", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win", "topk")
+VARIANTS = ("impl_requested", "compiled", "cuda_graph", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win",
+            "topk")  # fmt: skip
 """Columns that make lines of their own of one attention's rows, if they differ."""
 SETTING = [column for column in VARIANTS if column not in ("n_win", "topk")]
 """Those of them that are no options of BRA."""
@@ -76,7 +78,7 @@ class Results:
     """The rows of one device.
 
     Attributes:
-        rows: of all its sweeps.
+        rows: of all its sweeps, one per case.
         missing: sweeps that a figure wanted and that have no rows.
     """
 
@@ -109,7 +111,7 @@ def load() -> Results:
     others = [folder for folder in tables if folder != chosen]
     rest = f" Also there: {', '.join(others)}; `ATTENTION_DEVICE` chooses." if others else ""
     say(f"Device: **{' and '.join(tables[chosen]['device_name'].unique())}**, folder `{chosen}`.{rest}")
-    return Results(tables[chosen])
+    return Results(fastest(tables[chosen]))
 
 
 def _preferred(tables: dict[str, pd.DataFrame]) -> str:
@@ -192,8 +194,9 @@ def usual(rows: pd.DataFrame, among: Iterable[str] = SHAPE) -> pd.DataFrame:
 
 
 def _word(column: str, value: Any) -> str:
-    if column in ("compiled", "deterministic"):
-        return column if value else f"not {column}"
+    if column in ("compiled", "cuda_graph", "deterministic"):
+        words = column.replace("_", " ")
+        return words if value else f"not {words}"
     return str(value) if column in ("impl_requested", "dtype") else f"{column} {value}"
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from notebooks import (
     bra_options,
+    break_even,
     complexity,
     cost_split,
     crossover,
@@ -30,6 +31,8 @@ from notebooks import (
     limits,
     pareto,
     published,
+    speed,
+    speed_figure,
     stl,
 )
 from notebooks.plots import Results, kept
@@ -64,6 +67,9 @@ SECTIONS = (
     Section("bra", "What do topk, the number of regions and kv downsampling buy?",
             [bra_options.topk_maps, bra_options.kv_curves, bra_options.kv_maps, cost_split.figure],
             [bra_options.findings, cost_split.findings]),
+    Section("speed", "How much faster than as published is each implementation of BRA?",
+            [speed_figure.figure, *(partial(show, mode=mode) for mode in BOTH for show in (speed.speed_table,
+             speed.memory_table)), break_even.table], [speed.findings]),
     Section("complexity", "What does each attention cost on paper?",
             [published.models, complexity.attentions, growth.table, stl.table],
             [complexity.findings, growth.findings]),

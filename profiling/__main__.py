@@ -13,7 +13,7 @@ from rich.console import Console
 from attention_zoo import MODELS, InvalidOption, load_plugin, names, options
 from attention_zoo.options import Option
 from profiling import environment, isolation, page
-from profiling.arguments import Parser, run_reporting
+from profiling.arguments import Parser, integer, run_reporting
 from profiling.case import CHOICES, Case, available_impls
 from profiling.cell import Job, breakdown, theory
 from profiling.cell import measure as measure_cell
@@ -114,14 +114,15 @@ def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
         ("dim", 64, "channels"), ("num-heads", 2, "heads"), ("batch", 1, "images per step"),
     ):  # fmt: skip
         text += f" (default: {default})"
-        parser.add_argument(f"--{name}", type=_integer, default=default, metavar="N", help=text)
+        parser.add_argument(f"--{name}", type=integer, default=default, metavar="N", help=text)
     impls = ("reference", "sdpa") if chosen.model else available_impls(_name(chosen))
     parser.add_argument("--impl", choices=("auto", *impls), default="auto", help="which code runs it")
     for name in ("mode", "dtype", "device"):
         parser.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0] if name != "dtype" else "fp32")
     parser.add_argument("--compiled", action="store_true", help="under torch.compile")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay the step from a recorded CUDA graph")
     parser.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
-    parser.add_argument("--seed", type=_integer, default=0, metavar="N")
+    parser.add_argument("--seed", type=integer, default=0, metavar="N")
     parser.add_argument("--trace", metavar="DIR", help="write a trace for TensorBoard and Perfetto")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
 
@@ -169,15 +170,8 @@ def _case(given: argparse.Namespace, chosen: dict[str, Any]) -> Case:
         given.model or _name(given), given.height, given.width,
         None if given.model else given.dim, None if given.model else given.num_heads,
         tuple(sorted(chosen.items())), kind, given.impl, given.mode, given.dtype, given.device,
-        given.batch, given.compiled, given.deterministic, given.seed,
+        given.batch, given.compiled, given.cuda_graph, given.deterministic, given.seed,
     )  # fmt: skip
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
 
 
 def _writable(folder: Path) -> bool:

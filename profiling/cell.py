@@ -5,6 +5,7 @@ Both run in a child process; theory needs no device and no memory, whatever the 
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from profiling import agreement, environment, latency, macs, memory, trace
 from profiling.case import Case
 from profiling.rows import agree
 from profiling.trace import sdpa_backend
-from profiling.workload import Workload
+from profiling.workload import Workload, check_graphs
 
 ATTEMPTS = 3
 """How often a cell is timed, at most, on a GPU that throttles."""
@@ -71,9 +72,14 @@ def measure(job: Job) -> dict[str, Any]:
     """Check, then time, then measure memory, then let fvcore count: in that order, since each disturbs the next.
 
     An implementation that disagrees with the reference is not timed: its status is ``incorrect``.
+
+    Raises:
+        Unsupported: the implementation, or a CUDA graph, cannot run here.
     """
     job.load()
     case = job.case
+    if case.cuda_graph:
+        check_graphs(case.device)
     if case.deterministic:
         # cuBLAS reads it when CUDA starts, and is not deterministic without.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -85,10 +91,11 @@ def measure(job: Job) -> dict[str, Any]:
             return columns | {"status": "incorrect", "reason": f"{found.where} is off by {found.error:.2g}"}
     work = case.workload(case.device)
     columns |= {"impl": case.implementation(work)}
-    if columns["impl"] != "reference":
+    # To be watched, FlexAttention would have to run uncompiled, and write out every score of the grid.
+    if columns["impl"] != "reference" and "flex" not in columns["impl"]:
         with work.settings():
             columns["sdpa_backend"] = sdpa_backend(work.step)
-    columns |= measure_workload(work, case.device, job.patience, case.compiled)
+    columns |= measure_workload(work, case.device, job.patience, case.compiled, case.cuda_graph)
     return columns | {"macs_fvcore": None if case.compiled else _fvcore(work)}
 
 
@@ -117,13 +124,16 @@ def breakdown(job: Job, folder: str | None) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def measure_workload(work: Workload, device: str, patience: latency.Patience, compiled: bool = False) -> dict[str, Any]:
-    """Time and memory of any workload, as columns of a row."""
+def measure_workload(
+    work: Workload, device: str, patience: latency.Patience, compiled: bool = False, cuda_graph: bool = False
+) -> dict[str, Any]:
+    """Time and memory of any workload, as columns of a row; memory without a CUDA graph, which keeps what it uses."""
     columns: dict[str, Any] = {}
     with work.settings():
         if compiled:
             columns["compile_ms"] = _compile(work, device)
-        columns |= _time(work, device, patience)
+        with work.replayed() if cuda_graph else nullcontext():
+            columns |= _time(work, device, patience)
     found = memory.measure(work, warm=True)
     return columns | {
         "memory_peak_bytes": found.peak,

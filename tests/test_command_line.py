@@ -399,7 +399,8 @@ def flags(*extra: str) -> list[str]:
 
 PROFILER_FLAGS = flags(
     "--attention", "--block", "--model", "--plugin", "--height", "--width", "--dim", "--num-heads", "--batch", "--impl",
-    "--mode", "--dtype", "--device", "--compiled", "--deterministic", "--seed", "--trace", "--json", "--help", "--no",
+    "--mode", "--dtype", "--device", "--compiled", "--cuda-graph",
+    "--deterministic", "--seed", "--trace", "--json", "--help", "--no",
 )  # fmt: skip
 RUN_ALL_FLAGS = ["--device", "--only", "--smoke", "--fresh", "--retry-failed", "--results", "--plugin", "--lis", "-h"]
 

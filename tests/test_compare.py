@@ -12,9 +12,9 @@ from rich.console import Console
 
 from ablations.__main__ import main
 from ablations.compare import Comparison, compare, markdown, read, show, verdict
-from ablations.replicates import settled
 from attention_zoo import InvalidOption
 from profiling.case import Case
+from profiling.replicates import settled
 from profiling.rows import SchemaError, validate
 
 ENVIRONMENT = {"torch": "2.13.0", "python": "3.11.7", "threads": 2}

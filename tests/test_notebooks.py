@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,20 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from notebooks import cost_split, crossover, export, limits, one_config, pareto, plots, programs, published, routes
+from notebooks import (
+    break_even,
+    cost_split,
+    crossover,
+    export,
+    limits,
+    one_config,
+    pareto,
+    plots,
+    programs,
+    published,
+    routes,
+    speed,
+)  # fmt: skip
 from profiling.rows import agree, load, validate
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,10 +37,21 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FIGURES = {
     "readme", "resolution_forward", "resolution_forward_backward", "topk", "kv_downsample", "kv_downsample_map",
     "cost_split", "latency", "break_even", "pareto_forward", "pareto_forward_backward", "profile_one_config",
+    "bra_speed",
 }  # fmt: skip
-TABLES = {"published_models", "other_models", "attentions", "memory_limits", "growth", "stl", "break_even"}
+TABLES = {
+    "published_models",
+    "other_models",
+    "attentions",
+    "memory_limits",
+    "growth",
+    "stl",
+    "break_even",
+    "bra_break_even",
+}
 TABLES |= {"pareto_forward", "pareto_forward_backward"}
 PARTS = {"macs_projection": 50, "macs_routing": 10, "macs_attention": 30, "macs_local_conv": 10, "macs_analytic": 100}
+TABLES |= {f"bra_{what}_{mode}" for what in ("speed", "memory") for mode in ("forward", "forward_backward")}
 BLOCK = """
 import sys
 
@@ -45,9 +70,10 @@ def cell(
     """A row of round numbers; without ``ms`` it was not measured."""
     row = {
         "sweep": sweep, "kind": "attention", "name": name, "impl_requested": "reference", "compiled": False,
-        "deterministic": False, "mode": mode, "dtype": "fp32", "device": "cpu", "batch": 1, "height": side,
-        "width": side, "dim": 64, "num_heads": 2, "seed": 0, "replicate": 0, "device_name": "Round Numbers",
-        "params": 64, "macs_counted": 1000 * side**2, "memory_predicted_bytes": memory, "kv_tokens_per_query": 4,
+        "cuda_graph": False, "deterministic": False, "mode": mode, "dtype": "fp32", "device": "cpu", "batch": 1,
+        "height": side, "width": side, "dim": 64, "num_heads": 2, "seed": 0, "replicate": 0,
+        "device_name": "Round Numbers", "params": 64,
+        "macs_counted": 1000 * side**2, "memory_predicted_bytes": memory, "kv_tokens_per_query": 4,
         "started_at": "2026-01-02T03:04:05+00:00", "status": "predicted", "reason": "as the sweep asks",
     } | more  # fmt: skip
     if ms is not None:
@@ -90,11 +116,13 @@ def ablations() -> Iterator[dict[str, Any]]:
     for mode in ("forward", "forward_backward"):
         measured = 80.0 if mode == "forward" else None
         yield cell("stl", "biformer_stl", mode, 224, 2**26, measured, attention="window", **model, **macs)
+        swin = model | {"params": 28_285_666}
+        yield cell("stl", "biformer_stl", mode, 224, 2**26, None, attention="shifted_window", **swin, **macs)
 
 
 def growth() -> Iterator[dict[str, Any]]:
     """Costs that are powers of the side from 32 on, and something else below, which the fit has to leave out."""
-    for side in (8, 16, 32, 64, 128):
+    for side in (8, 16, 32, 64, 128, 256, 512):
         for n_win, power in (("7", 4), ("auto", 3)):
             more = {"macs_attention": side**power + (side < 32) * 10**9, "macs_routing": 0}
             more |= {"n_win": n_win, "exponent_theory": 2 if n_win == "7" else 4 / 3}
@@ -111,6 +139,28 @@ def profile() -> dict[str, Any]:
     return found | said | {"stages": stages, "heaviest_operators": operators}
 
 
+def speeds() -> Iterator[dict[str, Any]]:
+    """Times per implementation at (grid, topk); the reference does not fit at the largest."""
+    places = ((56, 1), (56, 4), (112, 4), (224, 4))
+    times = {
+        ("bra", "reference"): (8.0, 16.0, 90.0, None), ("bra", "sdpa"): (4.0, 4.0, 5.0, 50.0),
+        ("bra_gathered", "sdpa"): (2.0, 3.0, 4.5, 25.0), ("full", "sdpa"): (2.0, 2.0, 20.0, None),
+        ("window", "sdpa"): (1.0, 1.0, 2.0, 8.0),
+    }  # fmt: skip
+    for ((name, impl), of_name), mode in product(times.items(), ("forward", "forward_backward")):
+        for (side, topk), ms in zip(places, of_name, strict=True):
+            more: dict[str, Any] = {"impl_requested": impl}
+            if name.startswith("bra"):
+                more |= {"n_win": "7", "topk": topk}
+            elif (side, topk) == (56, 4):
+                continue
+            memory = 2**20 * side * (4 if impl == "reference" else 1)
+            failed = {"status": "oom", "reason": "predicted: needs 2.0 GiB, 1.0 GiB are free"} if ms is None else {}
+            yield cell("bra_speed", name, mode, side, memory, ms, **more, **failed)
+    bare = {"impl_requested": "flex", "n_win": "7", "topk": 1, "status": "unsupported", "reason": "not here"}
+    yield cell("bra_speed", "bra", "forward_backward", 56, None, None, **bare)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder with all sweeps of one device, and a file beside them that is no sweep."""
@@ -118,7 +168,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     device = folder / "round-numbers"
     device.mkdir()
     (device / "peaks.csv").write_text("what,per_second,unit\nfp32,1e9,FLOP\n")
-    table = validate([*resolution(), *ablations(), *growth()])
+    table = validate([*resolution(), *ablations(), *growth(), *speeds()])
     for sweep, rows in table.groupby("sweep"):
         rows.to_csv(device / f"{sweep}.csv", index=False)
     (folder / one_config.STORED).write_text(json.dumps(profile()))
@@ -172,8 +222,8 @@ def shown(results: Path, out: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_there_are_notebooks() -> None:
     assert {path.stem for path in NOTEBOOKS} == {
-        "bra_ablations", "complexity_tables", "latency_and_pareto", "memory_resolution_curves", "profile_one_config",
-        "routing_gallery",
+        "bra_ablations", "bra_speed", "complexity_tables", "latency_and_pareto", "memory_resolution_curves",
+        "profile_one_config", "routing_gallery",
     }  # fmt: skip
 
 
@@ -204,13 +254,25 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
         ("complexity_tables", "1 of 1 recounted parameter counts of BiFormer round to the published figure"),
         ("complexity_tables", "At 64 x 64 tokens, batch 1, dim 64, 2 heads, fp32; Round Numbers."),
         ("complexity_tables", "64.0 / 64.0 | 8.00 [7.20, 8.80] |"),
-        ("complexity_tables", "| bra | 2.00 | 2.00 | 1.00 | 2.00 | 2.00 |"),
-        ("complexity_tables", "| bra (n_win auto) | 1.33 | 1.50 | 1.00 | 1.50 | 2.00 |"),
+        ("complexity_tables", "| bra | 2.00 | 2.00 ± 0.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 2.00 ± 0.00 |  |  |"),
+        ("complexity_tables", "| bra (n_win auto) | 1.33 | 1.50 ± 0.00 | 1.00 ± 0.00 | 1.50 ± 0.00 | 2.00 ± 0.00 |"),
         ("complexity_tables", "differ from theory by at most 0.17 (bra (n_win auto)), over 2 attentions."),
         ("complexity_tables", "its memory grows with HW to the power 2.00 instead of 1.50."),
-        ("complexity_tables", "| window | 13.1 | 2.2 | 64 | 80.0 [72.0, 88.0] |"),
+        ("complexity_tables", "| window | 13.1 | 2.2 | 64 / 64 | 80.0 [72.0, 88.0] |"),
+        ("complexity_tables", "28,285,666 parameters, Swin-T has 28,288,354: 2,688 more"),
         ("complexity_tables", "| Swin-T | 28 | 4.5 | 81.2 |"),
         ("bra_ablations", "topk 16 instead of 1 costs 1.0x the MACs, 15.0x the time and 16.0x the memory."),
+        ("bra_speed", "| shape | reference | sdpa | bound | window | full |"),
+        ("bra_speed", "| 56 x 56 x 64, topk 1, n_win 7 | 8.00 | 2.00x | 4.00x | 8.00x | 4.00x |"),
+        ("bra_speed", "| 224 x 224 x 64, topk 4, n_win 7 | oom | 50.0 | 25.0 | 8.00 | oom |"),
+        ("bra_speed", "| geometric mean of the eight shapes |  | 6.00x | 8.94x | 19.0x | 4.24x |"),
+        ("bra_speed", "| 224 x 224 x 64, topk 4, n_win 7 | 896 | 4.00x | 4.00x | 4.00x | 4.00x |"),
+        ("bra_speed", "| shape | reference | flex | sdpa | bound | window | full |"),
+        ("bra_speed", "| 56 x 56 x 64, topk 1, n_win 7 | 8.00 | unsupported | 2.00x | 4.00x | 8.00x | 4.00x |"),
+        ("bra_speed", "| sdpa | forward | fp32 | near 71 (not faster at 56, faster at 112) |"),
+        ("bra_speed", "| reference | forward | fp32 | not faster up to 112, the largest grid measured with both |"),
+        ("bra_speed", "Forward, sdpa: 6.00x (geometric mean of 2; least 2.00x, at 56 x 56 x 64, topk 1, n_win 7)"),
+        ("bra_speed", "reference, 4.00x (geometric mean of 3; least 4.00x, at 56 x 56 x 64, topk 1, n_win 7) less"),
         ("bra_ablations", "avgpool from 64 to 16 keys per query, takes 25% of the time and 25% of the memory"),
         ("bra_ablations", "from 1 to 16: projection goes from 50% to 50% of the MACs; routing is 10.00% to 10.00%."),
         ("latency_and_pareto", "Forward at 16 x 16: from 1.00 ms with my_plugin to 48.0 ms with full, over 4"),
@@ -245,6 +307,7 @@ def test_failed_cells_are_listed_with_their_reasons(shown: dict[tuple[str, str],
         ("bra_ablations", ["topk", "kv_downsample"]),
         ("latency_and_pareto", ["resolution"]),
         ("routing_gallery", ["topk"]),
+        ("bra_speed", ["bra_speed"]),
     ],
 )
 def test_without_data_the_command_is_named_once(
@@ -253,6 +316,44 @@ def test_without_data_the_command_is_named_once(
     for sweep in sweeps:
         assert shown["empty", notebook].count(f"`python run_all.py --only {sweep}` makes them.") == 1
     assert not list((out / "empty").glob("figures/*"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "full", "side", "words"),
+    [
+        ({8: 4.0, 32: 4.0}, {8: 1.0, 32: 16.0}, 16.0, "near 16 (not faster at 8, faster at 32)"),
+        (
+            {8: 1.0, 16: 9.0, 32: 1.0},
+            {8: 2.0, 16: 1.0, 32: 9.0},
+            16 * 2**0.5,
+            "near 23 (not faster at 16, faster at 32)",
+        ),
+        ({8: 1.0, 64: 1.0}, {8: 2.0, 32: 1.0}, None, "faster at every measured grid, from 8"),
+        ({8: 3.0, 16: 3.0}, {8: 2.0, 16: 3.0}, None, "not faster up to 16, the largest grid measured with both"),
+        ({8: 3.0}, {16: 3.0}, None, "not measured at one grid"),
+    ],
+)
+def test_break_even(ours: dict[int, float], full: dict[int, float], side: float | None, words: str) -> None:
+    found = break_even.break_even(pd.Series(ours), pd.Series(full))
+    assert found[1] == words and found[0] == (None if side is None else pytest.approx(side))
+
+
+def test_speed_ups_keep_settings_launches_and_batches_apart() -> None:
+    more = {"n_win": "7", "topk": 1}
+    rows = [cell("bra_speed", "bra", "forward", 56, 2**20, 8.0, **more)]
+    rows += [cell("bra_speed", "bra", "forward", 56, 2**20, ms, compiled=True, replicate=r, **more)
+             for r, ms in enumerate((1.0, 2.0, 9.0))]  # fmt: skip
+    big = {"device": "cuda", "dtype": "bf16", "batch": 128} | more
+    rows += [cell("bra_speed", "bra", "forward", 56, 2**20, 6.0, **big)]
+    rows += [cell("bra_speed", "bra", "forward", 56, 2**20, 2.0, cuda_graph=True, **big)]
+    times = speed.ratios(speed.wide(validate(rows), speed.TIME))
+    assert times.columns.tolist() == ["reference", "reference, CUDA graph", "reference, compiled"]
+    plain, graph = times["reference, compiled"].dropna(), times["reference, CUDA graph"].dropna()
+    assert plain.index.tolist() == [("forward", "fp32", 1, 56, 56, 64, 2, 1, "7")] and plain.tolist() == [4.0]
+    assert graph.index.tolist() == [("forward", "bf16", 128, 56, 56, 64, 2, 1, "7")] and graph.tolist() == [3.0]
+    assert speed.geometric_mean(pd.Series([2.0, 18.0, None])) == pytest.approx(6.0)
+    other = cell("bra_speed", "bra", "forward", 56, 2**20, 8.0, n_win="7", topk=8)
+    assert len(speed.of_the_eight(speed.wide(validate([*rows, other]), speed.TIME))) == 2
 
 
 @pytest.mark.parametrize(
@@ -384,7 +485,7 @@ def ratio(low: list[float], middle: list[float], high: list[float]) -> pd.DataFr
     ],
     ids=["interval", "open at both ends", "open above", "none", "equal", "one grid", "no grid", "twice"],
 )
-def test_break_even(measured: pd.DataFrame, expected: list[tuple[float, float | None, float | None, bool]]) -> None:
+def test_crossings(measured: pd.DataFrame, expected: list[tuple[float, float | None, float | None, bool]]) -> None:
     def close(value: float | None) -> Any:
         return None if value is None else pytest.approx(value)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
-from test_notebooks import ablations, cell, environment, growth, resolution
+from test_notebooks import ablations, cell, environment, growth, resolution, speeds
 
 from ablations import summary
 from notebooks import report
@@ -55,7 +55,9 @@ def folder(at: Path, rows: list[dict[str, object]]) -> Path:
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of results with all sweeps, and their page."""
-    at = folder(tmp_path_factory.mktemp("results") / "round-numbers", [*resolution(), *ablations(), *growth()])
+    at = folder(
+        tmp_path_factory.mktemp("results") / "round-numbers", [*resolution(), *ablations(), *growth(), *speeds()]
+    )
     assert report.write(at) == at / "report.html"
     return at
 
@@ -73,7 +75,7 @@ def test_the_page_stands_alone(page: Page) -> None:
 
 def test_every_figure_is_there_and_has_a_text(page: Page) -> None:
     texts = page.all("img", "alt")
-    assert len(texts) == len(page.all("img", "src")) == len(set(texts)) == 10
+    assert len(texts) == len(page.all("img", "src")) == len(set(texts)) == 11
     assert all(len(text) > 10 for text in texts)
 
 

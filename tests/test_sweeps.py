@@ -170,7 +170,7 @@ def test_what_will_not_fit_is_a_row_and_not_run_unless_asked(tmp_path: Path) -> 
         patience=QUICK,
     )  # fmt: skip
     launcher = Launcher(Settings(results=tmp_path))
-    launcher.available = 2 << 30
+    launcher.devices[0].available = 2 << 30
     launcher.folder.mkdir()
     (launcher.folder / "peaks.csv").write_text(PEAKS)
     list(launcher.run({"refused": large, "asked": replace(large, oversized=True)}))
