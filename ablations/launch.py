@@ -76,10 +76,9 @@ class Launcher:
             stores = {model: self._stores(sweeps, model) for model in self.models}
             plans = [self._plan(sweeps, model, opened) for model, opened in stores.items()]
             together = itertools.chain.from_iterable(itertools.zip_longest(*plans))
-            cells = [cell for cell in together if cell]
-            while cells:
-                yield from self.work(cells)
-                cells = [cell for model, opened in stores.items() for cell in self._unsettled(sweeps, model, opened)]
+            yield from self.work([cell for cell in together if cell])
+            while more := [c for model, opened in stores.items() for c in self._unsettled(sweeps, model, opened)]:
+                yield from self.work(more)
 
     def work(self, cells: Sequence[Cell]) -> Generator[tuple[Cell, int, int], None, None]:
         """Run these cells; yields as :meth:`run` does."""
@@ -99,6 +98,8 @@ class Launcher:
     def plan(self, sweep: Sweep) -> Iterator[tuple[Case, dict[str, Any], str]]:
         """Every case of a sweep with its theory and what would become of it; nothing is run or written."""
         for case in sweep.cases(self.settings.device, self.settings.smoke):
+            if case.replicate:
+                continue
             outcome = isolation.call(theory, self._job(case, sweep), timeout=sweep.timeout)
             columns = outcome.value or {"reason": f"{outcome.status}: {outcome.reason}"}
             yield case, columns, verdict(columns, case, sweep, self.devices[0])

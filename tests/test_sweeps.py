@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 import ablations
-from ablations import command
+from ablations import command, launch
 from ablations.__main__ import main as work_on_results
 from ablations.launch import Launcher, Settings
 from ablations.summary import findings
@@ -138,11 +138,28 @@ def test_sweeps_are_chosen_by_name() -> None:
             select(bad)
 
 
+def test_more_processes_follow_until_the_fastest_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[float]] = []
+    monkeypatch.setattr(launch, "settled", lambda medians: asked.append(medians) or len(medians) >= 5)
+    sweep = Sweep("q?", "e", axes={"grid": (4, 8)}, fixed={"name": "full", "dim": 8}, replicates=3, patience=QUICK)
+    launcher = Launcher(Settings(results=tmp_path))
+    assert len(list(launcher.run({"tiny": sweep}))) == 2 * 5
+    assert [len(medians) for medians in asked] == [3, 3, 4, 4, 5, 5]
+    rows = load(launcher.folder / "tiny.csv")
+    for _, cell in rows.groupby("height"):
+        assert sorted(cell["replicate"]) == [0, 1, 2, 3, 4] and cell["latency_p50_ms"].notna().all()
+        assert sorted(asked[-2] if cell["height"].iloc[0] == 4 else asked[-1]) == sorted(cell["latency_p50_ms"])
+        assert cell["memory_predicted_bytes"].nunique() == 1 and cell["memory_predicted_bytes"].notna().all()
+        assert list(cell.loc[cell["memory_peak_bytes"].notna(), "replicate"]) == [0]
+    assert not list(Launcher(Settings(results=tmp_path)).run({"tiny": sweep}))
+    assert len(list(Launcher(Settings(results=tmp_path, smoke=True)).run({"tiny": sweep}))) == 0
+
+
 def test_an_attention_of_a_plugin_takes_part_in_the_resolution_sweep() -> None:
     assert load_plugin(PLAIN) == ["plain"]
     cases = [case for case in SWEEPS["resolution"].cases("cpu") if case.name == "plain"]
     grids = {case.height for case in SWEEPS["resolution"].cases("cpu")}
-    assert {case.height for case in cases} == grids and len(cases) == 2 * len(grids)
+    assert {case.height for case in cases} == grids and len(cases) == 2 * len(grids) * SWEEPS["resolution"].replicates
     assert {case.options for case in cases} == {(("window_size", 7),)}
 
 
