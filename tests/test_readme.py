@@ -10,7 +10,7 @@ from profiling.__main__ import EXAMPLES as PROFILING
 from profiling.__main__ import _parser
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "results/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "results/README.md", "ablations/CAMPAIGN.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
