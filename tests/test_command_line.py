@@ -398,7 +398,10 @@ PROFILER_FLAGS = flags(
     "--attention", "--block", "--model", "--plugin", "--height", "--width", "--dim", "--num-heads", "--batch", "--impl",
     "--mode", "--dtype", "--device", "--compiled", "--deterministic", "--seed", "--trace", "--json", "--help", "--no",
 )  # fmt: skip
-RUN_ALL_FLAGS = ["--gpus", "--launcher", "--slurm", "--shards", "--device", "--only", "--smoke", "--fresh", "--retry-failed", "--results", "--plugin", "--lis", "-h"]
+RUN_ALL_FLAGS = [
+    "--gpus", "--launcher", "--slurm", "--shards", "--device", "--only",
+    "--smoke", "--fresh", "--retry-failed", "--results", "--plugin", "--lis", "-h",
+]  # fmt: skip
 
 
 def command_lines(known: Sequence[str]) -> st.SearchStrategy[list[str]]:
