@@ -1,7 +1,7 @@
 """The row of one cell: from its theory, then from its measurement, each in a process of its own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,12 +36,24 @@ def who(cell: Cell, device: Device) -> Row:
     return cell.case.who(cell.sweep, device.facts["device_name"]) | device.facts
 
 
-def count(cells: Sequence[Cell], device: Device) -> list[Row]:
-    """The rows of cells by theory alone, their status ``measure`` where they are to be measured."""
-    limits = {"timeout": max(cell.plan.timeout for cell in cells), "memory": _limit(cells[0], device)}
-    # Beside whatever runs on the device: theory needs to see it, and does not use it.
-    outcomes = isolation.call_each(theory, [cell.job for cell in cells], environment=device.variables, **limits)
-    return [_counted(cell, outcome, device) for cell, outcome in zip(cells, outcomes, strict=True)]
+def count(cells: Sequence[Cell], device: Device, known: dict[Case, Outcome]) -> list[Row]:
+    """The rows of cells by theory alone, their status ``measure`` where they are to be measured.
+
+    Replicates have one theory: it is put into ``known``, and taken from there.
+    """
+    first = {replace(cell.case, replicate=0): cell for cell in cells}
+    missing = {case: cell for case, cell in first.items() if case not in known}
+    if missing:
+        limits = {"timeout": max(cell.plan.timeout for cell in cells), "memory": _limit(cells[0], device)}
+        jobs = [cell.job for cell in missing.values()]
+        # Beside whatever runs on the device: theory needs to see it, and does not use it.
+        outcomes = isolation.call_each(theory, jobs, environment=device.variables, **limits)
+        found = dict(zip(missing, outcomes, strict=True))
+        known |= {case: replace(found[case], seconds=0.0) for case in found if missing[case].plan.replicates > 1}
+    else:
+        found = {}
+    whose = [(cell, replace(cell.case, replicate=0)) for cell in cells]
+    return [_counted(cell, found.get(case) or known[case], device) for cell, case in whose]
 
 
 def _counted(cell: Cell, outcome: Outcome, device: Device) -> Row:
@@ -60,7 +72,7 @@ def run(cell: Cell, row: Row, device: Device, peaks: roofline.Peaks) -> Row:
     row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
     if row["status"] == "ok":
         row |= roofline.columns(row, cell.case, peaks)
-        row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row["macs_fvcore"])
+        row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row.get("macs_fvcore"))
     return row
 
 

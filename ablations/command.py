@@ -1,6 +1,7 @@
 """The command line of run_all.py."""
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,9 +31,8 @@ EXAMPLES = """examples:
   python run_all.py --only resolution --dry-run   what would run, and fit
   python run_all.py --plugin my_attention.py      your own beside the others
   python run_all.py --device cuda --gpus 0,2      on two GPUs of this machine
-  python run_all.py --launcher slurm --shards 8 \\
-      --slurm partition=gpu,gpus_per_node=1,time=120
-                                                  on a cluster, as eight tasks
+  python run_all.py --launcher slurm --slurm partition=gpu,gpus_per_node=1
+                                                  on a cluster, as --shards tasks
 
 On Slurm, the same command finds its tasks again if it was ended meanwhile.
 """
@@ -54,6 +54,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="few, small cells; seconds instead of minutes")
     parser.add_argument("--list", action="store_true", help="name the sweeps and their questions, and stop")
     parser.add_argument("--dry-run", action="store_true", help="show every cell with its predicted memory, and stop")
+    parser.add_argument("--json", action="store_true", help="print --list or --dry-run as JSON on stdout")
     parser.add_argument("--fresh", action="store_true", help="start anew; old files are kept beside")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again too")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
@@ -94,8 +95,10 @@ def _run(options: argparse.Namespace) -> int:
     for plugin in options.plugin:
         load_plugin(plugin)
     sweeps = select(options.only)
+    if options.json and not (options.list or options.dry_run):
+        raise InvalidOption("--json is for --list and --dry-run; a run itself writes CSVs")
     if options.list:
-        return _list(sweeps)
+        return _list(sweeps, options.json)
     given = slurm.options(options.slurm)
     if options.device == "auto":
         there = slurm.on_gpus(given) if options.launcher == "slurm" else not check_device("cuda")
@@ -110,12 +113,17 @@ def _run(options: argparse.Namespace) -> int:
     if reason := check_device(options.device):
         raise InvalidOption(f"--device {options.device}: {reason}; valid here: cpu, auto")
     if options.dry_run:
-        return _dry_run(Launcher(settings), sweeps)
+        launcher = Launcher(settings)
+        return _dry_run_json(launcher, sweeps) if options.json else _dry_run(launcher, sweeps)
     check_results_folder(options.results)
     return _measure(Launcher(settings), sweeps)
 
 
-def _list(sweeps: dict[str, Sweep]) -> int:
+def _list(sweeps: dict[str, Sweep], as_json: bool) -> int:
+    if as_json:
+        told = [{"sweep": name, "question": sweep.question, "expect": sweep.expect} for name, sweep in sweeps.items()]
+        print(json.dumps(told, indent=2))
+        return 0
     for name, sweep in sweeps.items():
         print(f"{name}: {sweep.question}\n    expect: {sweep.expect}")
     return 0
@@ -135,6 +143,17 @@ def _dry_run(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
             cells += 1
         console.print(table)
     print(f"{cells} cells on {launcher.facts['device_name']}, {launcher.devices[0].available / 2**30:.1f} GiB free")
+    return 0
+
+
+def _dry_run_json(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
+    cells = [
+        {"sweep": name, "cell": str(case), "will": verdict} | columns
+        for name, sweep in sweeps.items()
+        for case, columns, verdict in launcher.plan(sweep)
+    ]
+    facts = {"device_name": launcher.facts["device_name"], "available_bytes": launcher.devices[0].available}
+    print(json.dumps(facts | {"cells": cells}, indent=2, default=str))
     return 0
 
 

@@ -5,7 +5,7 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from ablations.sweep import Sweep
 from profiling import environment, isolation, roofline
 from profiling.case import Case
 from profiling.cell import Job, theory
+from profiling.isolation import Outcome
 from profiling.latency import QUICK
+from profiling.replicates import settled
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,13 @@ class Launcher:
         self.facts = self.devices[0].facts
         self.folder = settings.results / next(iter(self.models))
         self.report = Report(self.folder)
+        self._known: dict[Case, Outcome] = {}
 
     def run(self, sweeps: dict[str, Sweep]) -> Iterator[tuple[Cell, int, int]]:
-        """Run what is not finished; yields each cell before it runs, with its number and their total."""
+        """Run what is not finished; yields each cell before it runs, with its number and their total.
+
+        Where a sweep wants several processes for a case, more of them follow until the fastest agree.
+        """
         self.report = Report(self.folder)
         with contextlib.ExitStack() as held:
             for model in self.models:
@@ -70,7 +76,10 @@ class Launcher:
             stores = {model: self._stores(sweeps, model) for model in self.models}
             plans = [self._plan(sweeps, model, opened) for model, opened in stores.items()]
             together = itertools.chain.from_iterable(itertools.zip_longest(*plans))
-            yield from self.work([cell for cell in together if cell])
+            cells = [cell for cell in together if cell]
+            while cells:
+                yield from self.work(cells)
+                cells = [cell for model, opened in stores.items() for cell in self._unsettled(sweeps, model, opened)]
 
     def work(self, cells: Sequence[Cell]) -> Generator[tuple[Cell, int, int], None, None]:
         """Run these cells; yields as :meth:`run` does."""
@@ -117,8 +126,22 @@ class Launcher:
                 else:
                     yield self.cell(name, sweep, case, store, model)
 
+    def _unsettled(self, sweeps: dict[str, Sweep], model: str, stores: dict[str, Store]) -> Iterator[Cell]:
+        """One more process for every case whose fastest processes do not agree."""
+        device = self.models[model][0].facts["device_name"]
+        for name, sweep in sweeps.items():
+            if sweep.replicates == 1 or self.settings.smoke:
+                continue
+            medians = stores[name].medians()
+            for case in dict.fromkeys(replace(case, replicate=0) for case in dealt(sweep, self.settings)):
+                processes = (replace(case, replicate=n) for n in itertools.count())
+                keys = (process.key(name, device) for process in processes)
+                found = [medians[key] for key in itertools.takewhile(medians.__contains__, keys)]
+                if found and None not in found and not settled([ms for ms in found if ms is not None]):
+                    yield self.cell(name, sweep, replace(case, replicate=len(found)), stores[name], model)
+
     def _count(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
-        return count(cells, self.models[cells[0].group][0])
+        return count(cells, self.models[cells[0].group][0], self._known)
 
     def _measure(self, cell: Cell, row: dict[str, Any], device: Device) -> dict[str, Any]:
         return run(cell, row, device, self.peaks[cell.group])

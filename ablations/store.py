@@ -61,6 +61,11 @@ class Store:
                 _append(self.path, "".join(map(_line, new.values())))
         self._status |= {key: text[len(KEY)] for key, text in latest.items()}
 
+    def medians(self) -> dict[tuple[str, ...], float | None]:
+        """The median latency of every row in ms, by its key; None where there is none."""
+        place = COLUMNS.index("latency_p50_ms")
+        return {tuple(text[: len(KEY)]): float(text[place]) if text[place] else None for text in read(self.path)}
+
     def frame(self) -> pd.DataFrame:
         """All rows."""
         return load(self.path)

@@ -32,14 +32,14 @@ def counted(work: Workload) -> tuple[int, int]:
 
     On meta, fused attention is split into its matrix products, so that none goes uncounted.
     """
-    with imitated(work, _meta) as imitation, imitation.settings():
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
-            imitation.module(imitation.x.detach())
+    with imitated(work, _meta) as imitation, imitation.settings(), FlopCounterMode(display=False) as counter:
         if work.mode == "forward":
-            return forward.get_total_flops() // 2, 0
-        with FlopCounterMode(display=False) as both:
             imitation.step()
-    return forward.get_total_flops() // 2, (both.get_total_flops() - forward.get_total_flops()) // 2
+            return counter.get_total_flops() // 2, 0
+        out = imitation.module(imitation.x)
+        forward = counter.get_total_flops()
+        out.backward(imitation.grad)
+        return forward // 2, (counter.get_total_flops() - forward) // 2
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,5 +62,8 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-FUSED: dict[str, Callable[..., int]] = {"aten::scaled_dot_product_attention": _attention}
+FUSED: dict[str, Callable[..., int]] = {
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+}
 """Operators that fvcore does not know and would count as nothing."""

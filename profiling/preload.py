@@ -1,6 +1,8 @@
 """Imported once by the server from which cells are forked: everything a cell needs, and nothing that starts threads."""
 
+import atexit
 import gc
+import os
 
 import fvcore.nn  # noqa: F401
 import torch
@@ -19,3 +21,6 @@ with torch.device("meta"):
 # Cells then inherit a heap that no garbage collection of theirs walks through.
 gc.collect()
 gc.freeze()
+
+# With the heap frozen, libraries that look for leaks when the interpreter ends (Triton's do) would report all of it.
+atexit.register(os._exit, 0)

@@ -44,6 +44,9 @@ class Row(pa.DataFrameModel):
         description="The implementation asked for; auto picks the fastest that can run."
     )
     compiled: Series[pd.BooleanDtype] = pa.Field(description="Whether the module ran under torch.compile.")
+    cuda_graph: Series[pd.BooleanDtype] = pa.Field(
+        description="Whether the timed steps were replays of one recorded CUDA graph."
+    )
     deterministic: Series[pd.BooleanDtype] = pa.Field(description="Whether deterministic kernels were required.")
     mode: Series[str] = pa.Field(
         isin=("forward", "forward_backward"),
@@ -369,7 +372,10 @@ pandas table. An empty cell was not obtained or does not apply; it never stands 
 - A row's key is every column from `sweep` to `device_name`. A rerun skips keys that have a row.
 - `peaks.csv` beside the sweeps holds the device's own peaks, measured once: FLOP/s of a large matrix product
   by dtype, and bytes per second of a large copy, read plus written.
-- `figures/` and `tables/` are written by the notebooks, from these files alone.
+- `report.html` beside the sweeps shows all of them on one page that opens offline; every run writes it anew, and
+  `python -m notebooks.report results/<device>` does so from the files alone.
+- `figures/` and `tables/` are written by the notebooks, from these files alone. `profile_one_config.json` is what
+  the profiler said of the one configuration in the notebook of that name.
 - `published_models.csv` holds figures from papers, in columns named `published_*`. None of them was measured here.
 
 `memory_predicted_bytes` is empty under torch.compile, which fuses steps away, and for bf16 and fp16 on a CPU, whose

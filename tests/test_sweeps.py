@@ -230,6 +230,7 @@ def test_a_smoke_run_ends_with_a_summary(smoke: tuple[Path, subprocess.Completed
     found = [line.strip().removeprefix("- ") for line in lines if line.startswith("  - ")]
     assert found == findings(load(*results.glob("*/[!p]*.csv"))) and len(found) == 3
     assert f"[{cells}/{cells}]" in run.stderr
+    assert Path(lines[-1].removeprefix("Report: ")).read_text().startswith("<!doctype html>")
 
 
 def test_predicted_memory_is_that_of_the_smoke_run(smoke: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
