@@ -32,7 +32,7 @@ EXAMPLES = """examples:
   python run_all.py --plugin my_attention.py      your own beside the others
   python run_all.py --device cuda --gpus 0,2      on two GPUs of this machine
   python run_all.py --launcher slurm --slurm partition=gpu,gpus_per_node=1
-                                                  on a cluster, as --shards tasks
+                                                  on a cluster, as 8 tasks
 
 On Slurm, the same command finds its tasks again if it was ended meanwhile.
 """
