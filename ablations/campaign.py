@@ -58,15 +58,19 @@ class Campaign:
     def _deal(self) -> None:
         """Deal what no device of this campaign has a row of, in turn, so that no shard has all the large cells."""
         there = set() if self.settings.fresh else finished(record(self.folder).get("models", []), self.settings)
-        cells = [(name, sweep, case) for name, sweep in self.sweeps.items() for case in dealt(sweep, self.settings)]
-        left = [cell for cell in cells if place(cell[0], cell[2]) not in there]
+        cells = {
+            place(name, case): (name, sweep, case)
+            for name, sweep in self.sweeps.items()
+            for case in dealt(sweep, self.settings)
+        }
+        left = [one for one in cells.items() if one[0] not in there]
         self.report.skipped = len(cells) - len(left)
         for part in ("shards", "submissions", "logs"):
             shutil.rmtree(self.folder / part, ignore_errors=True)
             (self.folder / part).mkdir()
         number = min(self.shards, len(left))
         for shard in range(number):
-            Shard(self.folder / "shards" / f"{shard:04d}").create(self.settings, left[shard::number])
+            Shard(self.folder / "shards" / f"{shard:04d}").create(self.settings, dict(left[shard::number]))
         keep(self.folder, finished=False, aside=[])
 
     def _merge(self) -> None:

@@ -31,9 +31,8 @@ EXAMPLES = """examples:
   python run_all.py --only resolution --dry-run   what would run, and fit
   python run_all.py --plugin my_attention.py      your own beside the others
   python run_all.py --device cuda --gpus 0,2      on two GPUs of this machine
-  python run_all.py --launcher slurm --shards 8 \\
-      --slurm partition=gpu,gpus_per_node=1,time=120
-                                                  on a cluster, as eight tasks
+  python run_all.py --launcher slurm --slurm partition=gpu,gpus_per_node=1
+                                                  on a cluster, as 8 tasks
 
 On Slurm, the same command finds its tasks again if it was ended meanwhile.
 """

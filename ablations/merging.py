@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.launch import Report, Settings
-from ablations.shard import Shard, place, place_of
+from ablations.shard import Shard, place_of
 from ablations.store import FAILED, Store, exclusive, read
 from profiling.rows import KEY
 
@@ -27,9 +27,9 @@ def merge(campaign: Path, settings: Settings, sweeps: Iterable[str], report: Rep
         for path in shard.files():
             rows[path.parent.name, path.stem].extend(read(path))
             peaks.setdefault(path.parent.name, path.with_name("peaks.csv"))
-        for number, (name, _, case) in enumerate(shard.order()[1]):
+        for number, place in enumerate(shard.places()):
             # Dealt in turn: the first of every shard came before the second of any.
-            order[place(name, case)] = number * len(shards) + int(shard.folder.name)
+            order[place] = number * len(shards) + int(shard.folder.name)
     for model in sorted({model for model, _ in rows}):
         with exclusive(settings.results / model):
             if not (settings.results / model / "peaks.csv").exists() and peaks[model].exists():

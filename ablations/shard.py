@@ -10,7 +10,7 @@ import pickle
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,14 +46,19 @@ class Shard:
 
     folder: Path
 
-    def create(self, settings: Settings, cells: list[Dealt]) -> None:
-        """Write down what is to be done; ``settings.results`` is where finished rows may be already."""
+    def create(self, settings: Settings, cells: Mapping[str, Dealt]) -> None:
+        """Write down what is to be done, by place; ``settings.results`` is where finished rows may be already."""
         self.folder.mkdir(parents=True)
-        (self.folder / "cells.pkl").write_bytes(_pickled((settings, cells)))
+        (self.folder / "places.json").write_text(json.dumps(list(cells)))
+        (self.folder / "cells.pkl").write_bytes(_pickled((settings, list(cells.values()))))
 
     def order(self) -> tuple[Settings, list[Dealt]]:
         """What is to be done."""
         return pickle.loads((self.folder / "cells.pkl").read_bytes())
+
+    def places(self) -> list[str]:
+        """The places of the cells in their order: kept, since to find them takes longer than to merge their rows."""
+        return json.loads((self.folder / "places.json").read_text())
 
     def attempts(self) -> list[Path]:
         """The folders of all attempts, oldest first."""
@@ -72,7 +77,7 @@ class Shard:
         """How many attempts ended without notice while a cell, by its number, was in hand."""
         found: Counter[int] = Counter()
         done = {place_of(row) for path in self.files() for row in read(path)}
-        places = [place(name, case) for name, _, case in self.order()[1]]
+        places = self.places()
         for attempt in self.attempts():
             lines = self.journal(attempt)
             begun = {line["begin"] for line in lines if "begin" in line}
@@ -101,7 +106,8 @@ def work(folder: str) -> None:
     launcher = Launcher(replace(settings, results=attempt))
     signal.signal(signal.SIGTERM, journal.end_now)
     signal.signal(signal.SIGUSR2, journal.end_soon)
-    left = [(number, one) for number, one in enumerate(dealt) if place(one[0], one[2]) not in done]
+    places = shard.places()
+    left = [(number, one) for number, one in enumerate(dealt) if places[number] not in done]
     try:
         _run(launcher, journal, settings, left, deaths)
     except BaseException as problem:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ablations.shard import Shard, place, place_of
+from ablations.shard import Shard, place_of
 from profiling.rows import COLUMNS, KEY
 
 
@@ -32,7 +32,7 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         self.shards = [Shard(path) for path in sorted((folder / "shards").iterdir())]
-        self.places = [[place(name, case) for name, _, case in shard.order()[1]] for shard in self.shards]
+        self.places = [shard.places() for shard in self.shards]
         self.undone = [set(places) for places in self.places]
         self.total = sum(map(len, self.places))
         self.skipped = 0

@@ -121,6 +121,13 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("run_all", f"--results {'x' * 300}", "File name too long"),
         ("run_all", "--results /proc/x --only topk", "/proc/x"),
         ("run_all", "--plugin none.py --list", "plugin .*none.py: not a Python file"),
+        ("run_all", "--gpus 0,x", "--gpus: '0,x' is not a list of numbers; valid: such as 0,2"),
+        ("run_all", "--device cpu --gpus 0 --only stl", "--gpus chooses among GPUs, and this run is on a CPU"),
+        ("run_all", "--launcher cloud", "--launcher: invalid choice: 'cloud' .*local.*slurm"),
+        ("run_all", "--slurm partition=gpu", "--slurm is for --launcher slurm"),
+        ("run_all", "--launcher slurm --slurm gpu", "--slurm: 'gpu' is not valid; valid: key=value"),
+        ("run_all", "--launcher slurm --gpus 0", "--gpus and --dry-run are for --launcher local"),
+        ("run_all", "--launcher slurm --shards 0", "--shards: '0' is not valid; valid: an integer >= 1"),
         ("ablations", "", "COMMAND"),
         ("ablations", "contrast a b", "invalid choice: 'contrast' .*compare"),
         ("ablations", "compare a", "the following arguments are required: B"),
@@ -402,7 +409,10 @@ PROFILER_FLAGS = flags(
     "--mode", "--dtype", "--device", "--compiled", "--cuda-graph",
     "--deterministic", "--seed", "--trace", "--json", "--help", "--no",
 )  # fmt: skip
-RUN_ALL_FLAGS = ["--device", "--only", "--smoke", "--fresh", "--retry-failed", "--results", "--plugin", "--lis", "-h"]
+RUN_ALL_FLAGS = [
+    "--gpus", "--launcher", "--slurm", "--shards", "--device", "--only",
+    "--smoke", "--fresh", "--retry-failed", "--results", "--plugin", "--lis", "-h",
+]  # fmt: skip
 
 
 def command_lines(known: Sequence[str]) -> st.SearchStrategy[list[str]]:

@@ -26,6 +26,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "results/README.md",
+    "ablations/CAMPAIGN.md",
     *(f"notebooks/{p.name}" for p in ROOT.glob("notebooks/*.ipynb")),
 ]
 
