@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import regions
-from attention_zoo.bra import reference, sdpa
+from attention_zoo.bra import reference, sdpa, triton
 from attention_zoo.bra.kv_downsample import KVDownsample, Mode
 from attention_zoo.bra.routing import Router, auto_regions_per_side
 from attention_zoo.contract import Attention, Impl, InvalidOption, Macs
@@ -55,7 +55,7 @@ class BiLevelRoutingAttention(Attention):
     """
 
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
-    impls = ("reference", "sdpa")
+    impls = ("reference", "sdpa", "triton")
     smallest = {"n_win": 2, "topk": 1, "side_dwconv": 3}
 
     def __init__(
@@ -112,11 +112,15 @@ class BiLevelRoutingAttention(Attention):
             valid = regions.inside(height, width, (padded.shape[1], padded.shape[2]), x.device)
         if impl == "sdpa":
             out, index, weight = sdpa.forward(self, padded, side)
+        elif impl == "triton":
+            out, index, weight = triton.forward(self, padded, side, valid)
         else:
             out, index, weight = reference.forward(self, padded, side, valid)
         return regions.crop(self.wo(out), height, width), index, weight
 
     def unsupported(self, impl: str, x: Tensor) -> str | None:
+        if impl == "triton":
+            return triton.unsupported(self, x)
         if (
             impl == "sdpa"
             and self.mask_padding
