@@ -395,20 +395,20 @@ TILES = {
     ("forward", True, 64): (128, 64, 4, 3),
     ("forward", True, 128): (128, 64, 8, 2),
     ("forward", False, 32): (64, 32, 4, 2),
-    ("forward", False, 64): (64, 32, 4, 2),
-    ("forward", False, 128): (32, 32, 4, 2),
+    ("forward", False, 64): (32, 32, 4, 2),
+    ("forward", False, 128): (32, 32, 8, 2),
     ("queries", True, 32): (128, 64, 8, 2),
     ("queries", True, 64): (64, 64, 4, 2),
     ("queries", True, 128): (64, 64, 8, 2),
     ("queries", False, 32): (64, 32, 4, 2),
-    ("queries", False, 64): (32, 32, 4, 2),
-    ("queries", False, 128): (32, 32, 8, 1),
+    ("queries", False, 64): (32, 32, 8, 2),
+    ("queries", False, 128): (32, 32, 8, 2),
     ("keys", True, 32): (64, 128, 8, 2),
     ("keys", True, 64): (64, 64, 4, 2),
     ("keys", True, 128): (64, 64, 8, 2),
-    ("keys", False, 32): (32, 64, 4, 2),
-    ("keys", False, 64): (32, 32, 4, 2),
-    ("keys", False, 128): (32, 32, 8, 1),
+    ("keys", False, 32): (32, 32, 4, 2),
+    ("keys", False, 64): (32, 32, 8, 2),
+    ("keys", False, 128): (32, 32, 8, 2),
 }
 """The place to tune. Chosen so that nothing spills to memory on compute capability 8.0 and 9.0, as compiled; which of
 those choices is fastest has not been measured. fp32 has smaller tiles: its numbers take twice the registers."""
@@ -429,8 +429,8 @@ def _tile(kernel: str, q: Tensor, k: Tensor, v: Tensor, heads: int, side: int, f
         queries = min(queries, max(16, _power(tokens)))
         step, rows_of_tile = keys, queries
     packed = packable and -(-walked // step) * step > 1.125 * walked
-    if rows_of_tile <= 32:
-        warps = min(warps, 2)
+    if rows_of_tile <= 32 and q.dtype.itemsize == 2:
+        warps = min(warps, 2 if widest < LARGEST_HEAD else 4)
     tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return Tile(
         heads, side, region, kv_region, e, c, queries, keys, packed, warps, stages, "tf32" if tf32 else "ieee"
