@@ -96,7 +96,7 @@ def _downsample(
 
 def _routes(
     bra: "BiLevelRoutingAttention",
-    qk: Float[Tensor, "b h w 2e"],
+    qk: Float[Tensor, "b h w d"],
     side: int,
     valid: Bool[Tensor, "h w"] | None,
     seen: Bool[Tensor, "y x"] | None,
@@ -182,6 +182,8 @@ def bra_attend(
     """
     from attention_zoo.bra.triton_kernels import attend_forward
 
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        raise Unsupported("impl='triton': Triton's interpreter multiplies no matrices of bf16; a GPU does")
     out, lse = _attended(q, k, v, index, factor, valid, heads, side, scale)
     tile = _tile("forward", q, k, v, heads, side, factor)
     flat = _flat(q), _flat(k), _flat(v)
