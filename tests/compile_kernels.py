@@ -21,8 +21,8 @@ from triton.runtime.driver import driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from attention_zoo.bra import triton as bra
 from attention_zoo.bra import triton_kernels as kernels
+from attention_zoo.bra import triton_ops as bra
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = (

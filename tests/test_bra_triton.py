@@ -10,17 +10,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from attention_zoo import Unsupported, build
-from attention_zoo.bra import triton as bra
+from attention_zoo.bra import triton
+from attention_zoo.bra import triton_ops as bra
 from attention_zoo.bra.kv_downsample import MODES
 from attention_zoo.bra.routing import Router
 from profiling import agreement, macs, memory
@@ -48,7 +50,7 @@ def made(impl: str, dtype: torch.dtype, dim: int, heads: int, **chosen: Any) -> 
 def results(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """The output, and the gradients of the input and every parameter."""
     dtype = next(module.parameters()).dtype
-    x = x.to(DEVICE, dtype).requires_grad_()
+    x = x.detach().clone().to(DEVICE, dtype).requires_grad_()
     module.zero_grad(set_to_none=True)
     out = module(x)
     out.backward(grad.to(out))
@@ -72,14 +74,13 @@ def check(grid: tuple[int, int], batch: int, dim: int, heads: int, **chosen: Any
 
 @st.composite
 def shapes(draw: st.DrawFn) -> dict[str, Any]:
-    """Any option set whose kernels have at most 18 programs of 16 rows."""
+    """Any options, for kernels of few programs."""
     side = draw(st.integers(1, 3))
-    heads = draw(st.integers(1, 3 if side < 3 else 2))
-    batch = draw(st.integers(1, 2 if side * heads < 5 else 1))
-    longest = 16 if side**2 * heads * batch < 9 else 5
+    heads = draw(st.integers(1, 3 if side == 1 else 2 if side == 2 else 1))
+    batch = draw(st.integers(1, 2 if side * heads < 3 else 1))
+    longest = 16 if side * heads * batch == 1 else 5
     region = [draw(st.integers(1, longest)) for _ in range(2)]
     ragged = [draw(st.integers(0, min(size, 3) - 1)) for size in region]
-    mode = draw(st.sampled_from(MODES)) if min(region) > 2 else "identity"
     head, qk_head = (draw(st.sampled_from([3, 5, 16, 24, 32, 64, 96, 128])) for _ in range(2))
     return dict(
         grid=tuple(side * size - cut for size, cut in zip(region, ragged, strict=True)),
@@ -89,7 +90,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         heads=heads,
         n_win=side,
         topk=draw(st.integers(1, side**2)),
-        kv_downsample_mode=mode,
+        kv_downsample_mode=draw(st.sampled_from(MODES)) if min(region) > 2 else "identity",
         kv_downsample_ratio=2,
         kv_per_win=2,
         soft_routing=draw(st.booleans()),
@@ -100,7 +101,13 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
     )
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 @given(shape=shapes())
 def test_random_shapes_equal_the_reference(shape: dict[str, Any]) -> None:
     check(**shape)
@@ -247,10 +254,12 @@ def test_operators_say_what_they_are() -> None:
         bra.bra_invert: (index,),
         bra.bra_attend_keys: (q, k, v, visitors, starts, factor, valid, lse, grad, delta, heads, side, 2, scale),
     }
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
     for operator, values in calls.items():
-        torch.library.opcheck(operator, values, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+        torch.library.opcheck(operator, values, test_utils=checks)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("soft", [False, True])
 def test_compiles_as_one_graph(soft: bool) -> None:
     module = made("triton", torch.float32, 16, 1, n_win=2, topk=2, soft_routing=soft, diff_routing=soft)
@@ -269,18 +278,17 @@ def case(mode: str, *options: tuple[str, Any]) -> Case:
 @pytest.mark.parametrize(
     "options", [(), (("qk_dim", 24),), (("kv_downsample_mode", "maxpool"), ("kv_downsample_ratio", 2))]
 )  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
 def test_macs_are_counted_alike_three_times(options: tuple[tuple[str, Any], ...]) -> None:
     one = case("forward_backward", *options)
     work = one.workload("meta")
     counted, backward = macs.counted(work)
     split = work.module.macs(8, 8)
     assert split.total == counted == macs.by_fvcore(one.workload(DEVICE))
-    # Per query and key: q k and grad v twice, and one product each for the gradients of q, k and v.
-    qk_share = (work.module.qk_dim * 5 + 16 * 3) / (work.module.qk_dim + 16) - 1
-    rest = 2 * (split.projection + split.local_conv)
-    assert backward == rest + split.attention * (2 * work.module.qk_dim + 16 + 2 * work.module.qk_dim + 32) // (
-        work.module.qk_dim + 16
-    ), qk_share
+    # Backward of the reference: two products for each of its two. Here two kernels compute q k and grad v both.
+    e, c = work.module.qk_dim, work.module.dim
+    published = macs.counted(replace(one, impl="reference").workload("meta"))[1]
+    assert backward == published + split.attention * (4 * e + 3 * c) // (e + c) - 2 * split.attention
 
 
 @pytest.fixture
@@ -294,18 +302,21 @@ def tidy_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def launch_and_tidy(*args: Any, **kwargs: Any) -> None:
         launch(*args, **kwargs)
-        gc.collect()
+        gc.collect(1)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_and_tidy)
 
 
+FACTORS = ("soft_routing", True), ("diff_routing", True)
+REDUCED = ("kv_downsample_mode", "ada_avgpool"), ("kv_per_win", 2)
+
+
 @pytest.mark.usefixtures("tidy_interpreter")
-@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
 @pytest.mark.parametrize(
-    "options",
-    [(), (("soft_routing", True), ("diff_routing", True)), (("kv_downsample_mode", "ada_avgpool"), ("kv_per_win", 2))],
+    ("mode", "options"),
+    [("forward", ()), ("forward_backward", ()), ("forward_backward", FACTORS), ("forward_backward", REDUCED)],
 )
-def test_predicted_memory_is_the_measured(options: tuple[tuple[str, Any], ...], mode: str) -> None:
+def test_predicted_memory_is_the_measured(mode: str, options: tuple[tuple[str, Any], ...]) -> None:
     one = case(mode, *options)
     measured = memory.measure(one.workload(DEVICE))
     predicted = memory.predict(one.workload("meta"), DEVICE)
@@ -328,10 +339,10 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         named.chosen_impl(x.double())
     with pytest.raises(Unsupported, match="at most 128 channels per head, not 256"):
         build("bra", **options | dict(num_heads=1), impl="triton").chosen_impl(x)
-    monkeypatch.setattr(bra, "INTERPRETED", False)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
     with pytest.raises(Unsupported, match="do not run on cpu"):
         named.chosen_impl(x)
-    monkeypatch.setattr(bra, "INSTALLED", False)
+    monkeypatch.setattr(triton, "INSTALLED", False)
     with pytest.raises(Unsupported, match="not installed"):
         named.chosen_impl(x)
     assert named.chosen_impl(x.to("meta")) == "triton"
@@ -349,7 +360,7 @@ def test_the_zoo_does_without_triton() -> None:
 @pytest.mark.parametrize(
     ("capability", "specs"),
     [
-        ("80", ["bf16,64,2,112,7,4", "tf32,32,2,14,7,16", "fp32,16,2,28,7,4,fv"]),
+        ("80", ["bf16,64,2,112,7,4", "fp32,32,2,28,7,4,fv"]),
         ("90", ["bf16,32,2,56,7,4", "bf16,128,2,14,7,16,v", "fp16,96,2,112,7,4,f", "tf32,64,2,112,7,4",
                 "fp32,64,2,28,7,4"]),
     ],

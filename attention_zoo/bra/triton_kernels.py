@@ -1,4 +1,4 @@
-"""The Triton kernels of BRA: routing, attention forward, and its backward. Imported by nothing but ``triton``.
+"""The Triton kernels of BRA: routing, attention forward, and its backward. Only ``triton_ops`` imports them.
 
 A grid is (b, h, w, d) and flat over its tokens: token n of channel d lies ``pitch`` elements after token n - 1, so
 the slices of one projection need no copy. A region is a rectangle of HEIGHT x WIDTH tokens, SIDE x SIDE of them to
@@ -185,7 +185,9 @@ def attend_backward_queries(
             share = tl.where(seen[None, :], share, 0.0)
             dscore = share * (dshare * gate - own[:, None])
             part = tl.sum(tl.sum(dscore * product * scale + share * dshare, 1), 0)
-            tl.store(dfactor + ((image * REGIONS + region) * count + at) * (Q_TILES * HEADS) + tile * HEADS + head, part)
+            tl.store(
+                dfactor + ((image * REGIONS + region) * count + at) * (Q_TILES * HEADS) + tile * HEADS + head, part
+            )
             dscore *= gate
         else:
             share = tl.exp2(product * scale_log2 - norm[:, None])
