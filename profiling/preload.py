@@ -1,5 +1,6 @@
 """Imported once by the server from which cells are forked: everything a cell needs, and nothing that starts threads."""
 
+import atexit
 import gc
 
 import fvcore.nn  # noqa: F401
@@ -19,3 +20,5 @@ with torch.device("meta"):
 # Cells then inherit a heap that no garbage collection of theirs walks through.
 gc.collect()
 gc.freeze()
+# Frozen, the objects of compiled libraries (Triton's) would never be released, and these would complain of it at exit.
+atexit.register(gc.unfreeze)

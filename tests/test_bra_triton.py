@@ -102,7 +102,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(
-    max_examples=15,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
@@ -357,12 +357,18 @@ def test_the_zoo_does_without_triton() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_the_process_that_forks_cells_ends_quietly() -> None:
+    """It has loaded Triton, through PyTorch's compiler, and frozen its heap."""
+    code = "import profiling.preload, sys; assert 'triton' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize(
     ("capability", "specs"),
     [
-        ("80", ["bf16,64,2,112,7,4", "fp32,32,2,28,7,4,fv"]),
-        ("90", ["bf16,32,2,56,7,4", "bf16,128,2,14,7,16,v", "fp16,96,2,112,7,4,f", "tf32,64,2,112,7,4",
-                "fp32,64,2,28,7,4"]),
+        ("80", ["bf16,128,2,112,7,4", "fp32,32,2,28,7,4,fv"]),
+        ("90", ["bf16,32,2,56,7,4", "fp16,96,2,14,7,16,fv", "tf32,64,2,112,7,4"]),
     ],
 )  # fmt: skip
 def test_compiles_for_a_gpu_without_one(capability: str, specs: list[str], tmp_path: Path) -> None:
