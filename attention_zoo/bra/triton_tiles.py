@@ -87,12 +87,13 @@ def tile_of(
     if kernel == "keys":
         own, met = met, own
     widest = next(width for width in (32, 64, LARGEST_HEAD) if max(e, c) <= width)
-    rows, step, warps, stages = TILES[kernel, q.dtype.itemsize == 2, widest]
+    most, step, warps, stages = TILES[kernel, q.dtype.itemsize == 2, widest]
     # The gradient of a factor is summed over tiles, so no tile may have two.
     mixed = kernel != "queries" or factor is None
-    rows, step = min(rows, _fit(own)), min(step, _fit(topk * met if mixed else met))
-    if rows <= 32 and q.dtype.itemsize == 2:
-        warps = min(warps, 2 if widest < LARGEST_HEAD else 4)
+    rows, step = min(most, _fit(own)), min(step, _fit(topk * met if mixed else met))
+    if q.dtype.itemsize == 2:
+        # Fewer rows need fewer warps; but wide ones need registers, and a Hopper multiplies 64 rows with 4 warps at once.
+        warps = max(warps * rows // most, 4 if rows >= 64 or widest == LARGEST_HEAD else 2)
     queries, keys = (step, rows) if kernel == "keys" else (rows, step)
     packed = mixed and -(-met // step) * step > 1.125 * met
     tf32 = q.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
