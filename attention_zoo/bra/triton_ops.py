@@ -28,9 +28,10 @@ def bra_pool(x: Tensor, side: int) -> Tensor:
     batch, height, width, channels = x.shape
     tokens, pooled = _flat(x), _pooled(x, side)
     region, block = (height // side, width // side), 64
-    pool_regions[(side**2, -(-channels // block), batch)](
-        tokens, pooled, tokens.stride(0), channels, side, *region, min(64, power_of_two(region[0] * region[1])), block
-    )
+    _launch(
+        pool_regions, (side**2, -(-channels // block), batch), tokens, pooled, tokens.stride(0), channels, side,
+        *region, min(64, power_of_two(region[0] * region[1])), block,
+    )  # fmt: skip
     return pooled
 
 
@@ -49,8 +50,9 @@ def bra_route(pooled: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
     rows = power_of_two(regions)
     # A program reads rows x columns numbers at a time: as many as its registers hold.
     columns = max(8, min(64, 8192 // rows))
-    choose_routes[(regions, batch)](
-        pooled, index, strength, channels // 2, scale, regions, topk, rows, power_of_two(topk), columns
+    _launch(
+        choose_routes, (regions, batch), pooled, index, strength, channels // 2, scale, regions, topk, rows,
+        power_of_two(topk), columns,
     )  # fmt: skip
     return index, strength
 
@@ -91,9 +93,9 @@ def bra_attend(
     out, lse = _attended(q, k, v, index, factor, valid, heads, side, scale)
     tile = tile_of("forward", q, k, v, heads, side, index.shape[2], factor)
     flat = _flat(q), _flat(k), _flat(v)
-    attend_forward[(tile.query_programs(q),)](
-        *flat, index, factor, valid, out, lse, *_pitches(flat), index.shape[2], lse[0].numel(), scale * LOG2_E,
-        *tile.constants(), **tile.options(),
+    _launch(
+        attend_forward, (tile.query_programs(q),), *flat, *_dense(index, factor, valid), out, lse, *_pitches(flat),
+        index.shape[2], lse[0].numel(), scale * LOG2_E, *tile.constants(), **tile.options(),
     )  # fmt: skip
     return out, lse
 
@@ -134,9 +136,10 @@ def bra_attend_queries(
     tile = tile_of("queries", q, k, v, heads, side, index.shape[2], factor)
     found = _queries_differentiated(q, k, v, index, factor, valid, out, lse, grad, heads, side, scale)
     flat = _flat(q), _flat(k), _flat(v), _flat(grad)
-    attend_backward_queries[(tile.query_programs(q),)](
-        *flat[:3], index, factor, valid, out, lse, flat[3], *found, *_pitches(flat), index.shape[2], lse[0].numel(),
-        scale, scale * LOG2_E, *tile.constants(), **tile.options(),
+    _launch(
+        attend_backward_queries, (tile.query_programs(q),), *flat[:3], *_dense(index, factor, valid), out, lse, flat[3],
+        *found, *_pitches(flat), index.shape[2], lse[0].numel(), scale, scale * LOG2_E, *tile.constants(),
+        **tile.options(),
     )  # fmt: skip
     return found
 
@@ -170,7 +173,7 @@ def bra_invert(index: Tensor) -> tuple[Tensor, Tensor]:
     batch, regions, topk = index.shape
     visitors, starts = _inverted(index)
     block = min(1024, power_of_two(regions * topk))
-    invert_routes[(regions, batch)](index, visitors, starts, regions * topk, regions, block)
+    _launch(invert_routes, (regions, batch), *_dense(index), visitors, starts, regions * topk, regions, block)
     return visitors, starts
 
 
@@ -206,9 +209,10 @@ def bra_attend_keys(
     tile = tile_of("keys", q, k, v, heads, side, topk, factor)
     found = _keys_differentiated(q, k, v, visitors, starts, factor, valid, lse, grad, delta, heads, side, topk, scale)
     flat = _flat(q), _flat(k), _flat(v), _flat(grad)
-    attend_backward_keys[(tile.key_programs(q),)](
-        *flat[:3], visitors, starts, factor, valid, lse, flat[3], delta, *found, *_pitches(flat), topk,
-        lse[0].numel(), scale, scale * LOG2_E, *tile.constants(), **tile.options(),
+    _launch(
+        attend_backward_keys, (tile.key_programs(q),), *flat[:3], visitors, starts, *_dense(factor, valid), lse,
+        flat[3], delta, *found, *_pitches(flat), topk, lse[0].numel(), scale, scale * LOG2_E, *tile.constants(),
+        **tile.options(),
     )  # fmt: skip
     return found
 
@@ -253,6 +257,16 @@ def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]
 
 
 bra_attend.register_autograd(_differentiate, setup_context=_remember)
+
+
+def _launch(kernel: Any, programs: tuple[int, ...], *args: Any, **options: int) -> None:
+    # Triton launches on the current device, which need not be the tensors' own.
+    with torch.cuda.device_of(args[0]):
+        kernel[programs](*args, **options)
+
+
+def _dense(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _flat(grid: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def tile_of(
     mixed = kernel != "queries" or factor is None
     rows, step = min(most, _fit(own)), min(step, _fit(topk * met if mixed else met))
     if q.dtype.itemsize == 2:
-        # Fewer rows need fewer warps; but wide ones need registers, and a Hopper multiplies 64 rows with 4 warps at once.
+        # Fewer rows need fewer warps; but wide ones need registers, and a Hopper multiplies 64 rows by 4 warps.
         warps = max(warps * rows // most, 4 if rows >= 64 or widest == LARGEST_HEAD else 2)
     queries, keys = (step, rows) if kernel == "keys" else (rows, step)
     packed = mixed and -(-met // step) * step > 1.125 * met
