@@ -1,39 +1,153 @@
 """Work on results: ``python -m ablations --help``."""
 
+import argparse
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ablations.compare import compare, markdown, read, show
-from profiling.arguments import Parser, run_reporting
+from ablations import recommend_page, table
+from ablations.compare import as_json, compare, markdown, read, show
+from ablations.recommend import BYTES, MILLISECONDS, Limits, Question, amount, recommend, resolve
+from attention_zoo import InvalidOption, load_plugin
+from profiling.arguments import Parser, integer, run_reporting
+from profiling.case import CHOICES, Case
+from profiling.isolation import StartError
 
-EXAMPLES = """examples:
+RESULTS = Path("results")
+COMPARE = """examples:
   python -m ablations compare results/intel-xeon-2-threads /tmp/again
   python -m ablations compare before.csv after.csv --markdown > comment.md
+"""
+RECOMMEND = """examples:
+  python -m ablations recommend --height 512 --width 512 --memory 8GiB
+  python -m ablations recommend --height 56 --width 56 --memory 1GiB \\
+      --latency 5ms --mode forward_backward --json
+  python -m ablations recommend --height 128 --width 128 --memory 24GiB \\
+      --dtype bf16 --device cuda --plugin my.py
+"""
+TABLE = """examples:
+  python -m ablations table README.md          rewrite the table in the README
+  python -m ablations table > attentions.md
+"""
+RECOMMENDED = """\
+Which attentions and options fit your grid, memory and time, best first: by
+latency where it is known, then by MACs. Memory and MACs are predicted for
+exactly this grid, results or not. Latency is what the results of the device
+hold for the same cell, or interpolated (log-log) between two measured grids of
+the same shape, never beyond them. With --latency, what fits in memory and was
+never timed is listed apart, with the command that times it. A grid that n_win
+does not divide is padded, and marked so. Exits with 1 if nothing fits.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status: 1 if B is worse than A, 2 if the input is wrong, else 0."""
-    return run_reporting(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
+    """Run; returns the exit status: 0, 1 if B is worse than A or nothing fits, 2 if the input is wrong."""
+    return run_reporting(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)), StartError)
 
 
 def _run(arguments: list[str]) -> int:
-    parser = Parser(prog="python -m ablations", epilog=EXAMPLES)
+    parser = Parser(prog="python -m ablations", epilog=COMPARE + (RECOMMEND + TABLE).replace("examples:\n", ""))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    command = commands.add_parser("compare", help="FASTER, SAME, SLOWER or AMBIGUOUS, cell by cell", epilog=EXAMPLES)
+    _add_compare(commands.add_parser("compare", help="FASTER, SAME, SLOWER or AMBIGUOUS, cell by cell", epilog=COMPARE))
+    told = "which attentions fit a grid, a memory and a latency"
+    _add_recommend(commands.add_parser("recommend", help=told, description=RECOMMENDED, epilog=RECOMMEND))
+    _add_table(commands.add_parser("table", help="the table of attentions of the README", epilog=TABLE))
+    given = parser.parse_args(arguments)
+    return given.run(given)
+
+
+def _add_compare(command: Parser) -> None:
     command.add_argument("a", type=Path, metavar="A", help="results folder or CSV: the run to compare with")
     command.add_argument("b", type=Path, metavar="B", help="results folder or CSV: the run to judge")
     command.add_argument("--markdown", action="store_true", help="print Markdown, for a pull request")
-    given = parser.parse_args(arguments)
+    command.add_argument("--json", action="store_true", help="print JSON on stdout")
+    command.set_defaults(run=_compare)
+
+
+def _compare(given: argparse.Namespace) -> int:
     found = compare(read(given.a), read(given.b))
-    if given.markdown:
+    if given.json:
+        print(json.dumps(as_json(found), indent=2))
+    elif given.markdown:
         print(markdown(found))
     else:
         show(found, Console())
     return 1 if found.worse else 0
+
+
+def _add_recommend(command: Parser) -> None:
+    sizes = (("height", None), ("width", None), ("dim", 64), ("num-heads", 2), ("batch", 1))
+    for name, default in sizes:
+        told = f"(default: {default})" if default else "tokens"
+        command.add_argument(f"--{name}", type=integer, default=default, required=not default, metavar="N", help=told)
+    command.add_argument("--memory", required=True, metavar="SIZE", help=f"such as 8GiB; units: {', '.join(BYTES)}")
+    command.add_argument("--latency", metavar="TIME", help=f"such as 5ms; units: {', '.join(MILLISECONDS)}")
+    command.add_argument("--mode", choices=CHOICES["mode"], default="forward", help="(default: forward)")
+    command.add_argument("--dtype", choices=CHOICES["dtype"], default="fp32", help="(default: fp32)")
+    told = "cpu, cuda, auto (cuda if there is one; the default), or a folder of --results"
+    command.add_argument("--device", default="auto", metavar="DEVICE", help=told)
+    command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
+    command.add_argument(
+        "--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours"
+    )
+    command.add_argument(
+        "--top", type=integer, default=10, metavar="N", help="rows to show of each table (default: 10)"
+    )
+    command.add_argument("--json", action="store_true", help="print JSON on stdout")
+    command.set_defaults(run=_recommend)
+
+
+def _recommend(given: argparse.Namespace) -> int:
+    asked = _question(given)
+    console = Console(stderr=True)
+    columns = (TextColumn("predicting"), BarColumn(20), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("")
+        answer = recommend(asked, lambda done, total: progress.update(task, completed=done, total=total))
+    if given.json:
+        print(json.dumps(recommend_page.as_json(answer, asked), indent=2))
+    else:
+        recommend_page.show(answer, asked, Console(), given.top)
+    return 0 if answer.fits or answer.unknown else 1
+
+
+def _question(given: argparse.Namespace) -> Question:
+    size = Case(
+        "full", given.height, given.width, given.dim, given.num_heads,
+        mode=given.mode, dtype=given.dtype, batch=given.batch,
+    )  # fmt: skip
+    # Refuses heads that do not divide the channels, before every candidate does.
+    replace(size, height=1, width=1, mode="forward").workload("meta")
+    if given.top < 1:
+        raise InvalidOption(f"--top {given.top} is not valid; valid: an integer >= 1")
+    if not given.results.is_dir() and given.results != RESULTS:
+        raise InvalidOption(f"--results {given.results}: no such folder")
+    limits = Limits(amount(given.memory, BYTES), given.latency and amount(given.latency, MILLISECONDS))
+    for plugin in given.plugin:
+        load_plugin(plugin)
+    plugins = tuple(str(Path(plugin).resolve()) for plugin in given.plugin)
+    return Question(size, limits, resolve(given.device, given.results), plugins)
+
+
+def _add_table(command: Parser) -> None:
+    told = "rewrite the table between its two comments in this file (default: print it)"
+    command.add_argument("page", type=Path, nargs="?", metavar="PAGE", help=told)
+    command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
+    command.set_defaults(run=_table)
+
+
+def _table(given: argparse.Namespace) -> int:
+    if given.page is None:
+        print(table.markdown(given.results), end="")
+    else:
+        changed = table.rewrite(given.page, given.results)
+        print(f"{given.page}: {'rewritten' if changed else 'up to date'}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

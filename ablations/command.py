@@ -1,8 +1,11 @@
 """The command line of run_all.py."""
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich import box
@@ -11,8 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ablations import summary
-from ablations.launch import Launcher, LaunchError, Settings
+from ablations import slurm, summary
+from ablations.campaign import Campaign
+from ablations.devices import LaunchError
+from ablations.launch import Launcher, Settings
 from ablations.store import StoreError, check_results_folder
 from ablations.sweep import Sweep, select
 from attention_zoo import InvalidOption, load_plugin
@@ -21,10 +26,16 @@ from profiling.environment import check_device
 from profiling.isolation import StartError
 
 EXAMPLES = """examples:
-  python run_all.py                                all sweeps on this machine
-  python run_all.py --smoke --results /tmp/try     a minute's version of everything
-  python run_all.py --only resolution --dry-run    what would run, and what would not fit
-  python run_all.py --plugin my_attention.py       your own attention beside the others
+  python run_all.py                               all sweeps on this machine
+  python run_all.py --smoke --results /tmp/try    all of it, small, in a minute
+  python run_all.py --only resolution --dry-run   what would run, and fit
+  python run_all.py --plugin my_attention.py      your own beside the others
+  python run_all.py --device cuda --gpus 0,2      on two GPUs of this machine
+  python run_all.py --launcher slurm --shards 8 \\
+      --slurm partition=gpu,gpus_per_node=1,time=120
+                                                  on a cluster, as eight tasks
+
+On Slurm, the same command finds its tasks again if it was ended meanwhile.
 """
 
 
@@ -44,34 +55,76 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="few, small cells; seconds instead of minutes")
     parser.add_argument("--list", action="store_true", help="name the sweeps and their questions, and stop")
     parser.add_argument("--dry-run", action="store_true", help="show every cell with its predicted memory, and stop")
+    parser.add_argument("--json", action="store_true", help="print --list or --dry-run as JSON on stdout")
     parser.add_argument("--fresh", action="store_true", help="start anew; old files are kept beside")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again too")
     parser.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--gpus", metavar="N,...", type=_numbers, default=(), help="these GPUs, as nvidia-smi numbers them"
+    )
+    parser.add_argument(
+        "--launcher", choices=("local", "slurm"), default="local", help="where cells run; default: local"
+    )
+    parser.add_argument(
+        "--slurm", metavar="KEY=VALUE,...", default="", help="options of sbatch, the time in minutes; default: time=60"
+    )
+    parser.add_argument("--shards", type=_at_least_one, default=8, metavar="N", help="tasks on Slurm; default: 8")
+    options = parser.parse_args(arguments)
+    if options.launcher == "local" and options.slurm:
+        raise InvalidOption("--slurm is for --launcher slurm")
+    if options.launcher == "slurm" and (options.gpus or options.dry_run):
+        raise InvalidOption(
+            "--gpus and --dry-run are for --launcher local; on Slurm, --slurm gpus_per_node=1 asks for GPUs"
+        )
+    return options
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; valid: such as 0,2")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid: an integer >= 1")
+    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:
     for plugin in options.plugin:
         load_plugin(plugin)
     sweeps = select(options.only)
+    if options.json and not (options.list or options.dry_run):
+        raise InvalidOption("--json is for --list and --dry-run; a run itself writes CSVs")
     if options.list:
-        return _list(sweeps)
+        return _list(sweeps, options.json)
+    given = slurm.options(options.slurm)
     if options.device == "auto":
-        options.device = "cpu" if check_device("cuda") else "cuda"
-    if reason := check_device(options.device):
-        raise InvalidOption(f"--device {options.device}: {reason}; valid here: cpu, auto")
+        there = slurm.on_gpus(given) if options.launcher == "slurm" else not check_device("cuda")
+        options.device = "cuda" if there else "cpu"
     settings = Settings(
         options.device, options.results, options.smoke, options.fresh, options.retry_failed,
-        tuple(str(Path(plugin).resolve()) for plugin in options.plugin),
+        tuple(str(Path(plugin).resolve()) for plugin in options.plugin), options.gpus,
     )  # fmt: skip
+    if options.launcher == "slurm":
+        check_results_folder(options.results)
+        return _campaign(Campaign(settings, sweeps, given, options.shards))
+    if reason := check_device(options.device):
+        raise InvalidOption(f"--device {options.device}: {reason}; valid here: cpu, auto")
     if options.dry_run:
-        return _dry_run(Launcher(settings), sweeps)
+        launcher = Launcher(settings)
+        return _dry_run_json(launcher, sweeps) if options.json else _dry_run(launcher, sweeps)
     check_results_folder(options.results)
     return _measure(Launcher(settings), sweeps)
 
 
-def _list(sweeps: dict[str, Sweep]) -> int:
+def _list(sweeps: dict[str, Sweep], as_json: bool) -> int:
+    if as_json:
+        told = [{"sweep": name, "question": sweep.question, "expect": sweep.expect} for name, sweep in sweeps.items()]
+        print(json.dumps(told, indent=2))
+        return 0
     for name, sweep in sweeps.items():
         print(f"{name}: {sweep.question}\n    expect: {sweep.expect}")
     return 0
@@ -90,23 +143,63 @@ def _dry_run(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
             table.add_row(escape(str(case)), "" if size is None else f"{size / 2**20:,.1f}", escape(will))
             cells += 1
         console.print(table)
-    print(f"{cells} cells on {launcher.facts['device_name']}, {launcher.available / 2**30:.1f} GiB free")
+    print(f"{cells} cells on {launcher.facts['device_name']}, {launcher.devices[0].available / 2**30:.1f} GiB free")
+    return 0
+
+
+def _dry_run_json(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
+    cells = [
+        {"sweep": name, "cell": str(case), "will": verdict} | columns
+        for name, sweep in sweeps.items()
+        for case, columns, verdict in launcher.plan(sweep)
+    ]
+    facts = {"device_name": launcher.facts["device_name"], "available_bytes": launcher.devices[0].available}
+    print(json.dumps(facts | {"cells": cells}, indent=2, default=str))
     return 0
 
 
 def _measure(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
-    console = Console(stderr=True)
     start = time.perf_counter()
+    with _progress() as tell:
+        for cell, number, total in launcher.run(sweeps):
+            tell(number, total, f"{cell.sweep}: {cell.case}", f"[{number + 1}/{total}] ")
+    summary.show(launcher.report, time.perf_counter() - start)
+    return 0
+
+
+def _campaign(campaign: Campaign) -> int:
+    start = time.perf_counter()
+    try:
+        with _progress() as tell:
+            for state in campaign.run():
+                tell(state.done, state.total, str(state), f"[{state.done}/{state.total}] ")
+    except KeyboardInterrupt:
+        print(f"the tasks go on without this; to end them: scancel --name={campaign.folder.name}", file=sys.stderr)
+        raise
+    finally:
+        if campaign.report.files:
+            summary.show(campaign.report, time.perf_counter() - start)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, str, str], None]]:
+    """Yields what shows how far a run is: a bar on a terminal, or else a line for whatever is new."""
+    console = Console(stderr=True)
     columns = (
         BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True),
         TextColumn("{task.description}", markup=False),
     )  # fmt: skip
+    said = ""
     with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=1) as progress:
         task = progress.add_task("planning")
-        for cell, number, total in launcher.run(sweeps):
-            progress.update(task, total=total, completed=number, description=f"{cell.sweep}: {cell.case}")
-            if not console.is_terminal:
-                print(f"[{number + 1}/{total}] {cell.sweep}: {cell.case}", file=sys.stderr, flush=True)
+
+        def tell(number: int, total: int, what: str, where: str) -> None:
+            nonlocal said
+            progress.update(task, total=total, completed=number, description=what)
+            if not console.is_terminal and where + what != said:
+                said = where + what
+                print(said, file=sys.stderr, flush=True)
+
+        yield tell
         progress.update(task, completed=progress.tasks[0].total, description="done")
-    summary.show(launcher.report, time.perf_counter() - start)
-    return 0

@@ -1,12 +1,14 @@
 """Two runs side by side: what got faster or slower, by intervals; what else changed, exactly.
 
-A cell's interval goes from the lower to the upper quartile of its samples. Medians are not enough: on one
-machine, two runs of one program differ by more than the interval of the median within either.
+A cell that several processes measured is taken at its fastest one, with an interval up to the runner-up
+(``replicates``). With one process, the interval goes from the lower to the upper quartile of its samples, which says
+nothing of what differs between processes: expect more AMBIGUOUS, and false alarms on a busy machine.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -14,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attention_zoo import InvalidOption
+from profiling.replicates import interval
 from profiling.rows import KEY, STATUSES, load
 
 TOLERANCE = 0.05
@@ -32,7 +35,7 @@ class Comparison:
 
     Attributes:
         cells: one row per case in both runs: ``case``, ``verdict`` (empty without two times), ``ratio`` of the
-            medians B / A, ``a_ms``, ``b_ms``, ``status`` where it changed, ``changes`` of exact columns.
+            times B / A, ``a_ms``, ``b_ms``, ``status`` where it changed, ``changes`` of exact columns.
         environment: per differing column, its values in A and in B.
         missing: cases only in A.
         new: cases only in B.
@@ -74,7 +77,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
 
 
 def verdict(a: Sequence[float], b: Sequence[float]) -> str:
-    """FASTER, SAME, SLOWER or AMBIGUOUS, from (lower quartile, median, upper quartile) of A and B."""
+    """FASTER, SAME, SLOWER or AMBIGUOUS, from the low, middle and high time of A and B."""
     ratio = b[1] / a[1]
     if abs(ratio - 1) <= TOLERANCE:
         return "SAME"
@@ -105,6 +108,16 @@ def show(found: Comparison, console: Console) -> None:
     console.print(_counts(found), highlight=False)
 
 
+def as_json(found: Comparison) -> dict[str, Any]:
+    """The comparison for scripts: every cell; a number that was not obtained is null."""
+    cells = found.cells.astype(object).where(found.cells.notna(), None)
+    environment = {column: {"a": left, "b": right} for column, (left, right) in found.environment.items()}
+    return {
+        "worse": found.worse, "cells": cells.to_dict("records"), "environment": environment,
+        "only_in_a": found.missing, "only_in_b": found.new,
+    }  # fmt: skip
+
+
 def markdown(found: Comparison) -> str:
     """The comparison for a pull request."""
     lines = [_counts(found), ""]
@@ -125,15 +138,26 @@ def markdown(found: Comparison) -> str:
 
 
 def _by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per case, over its replicates: medians of the quartiles and of the median, worst status.
-
-    Not the widest quartiles: with every further replicate these would hide larger changes.
-    """
+    """One row per case, over its replicates: interval, worst status, exact columns."""
     names = [_named(values) for values in rows[CASE].itertuples(index=False, name=None)]
     rows = rows.assign(case=names, rank=rows["status"].map(WORSE))
-    how = {"latency_p25_ms": "median", "latency_p50_ms": "median", "latency_p75_ms": "median", "rank": "max"}
+    groups = rows.groupby("case", sort=False)
     # As objects: else a row of it, taken out, would turn whole numbers into floats.
-    return rows.groupby("case", sort=False).agg(how | {column: "first" for column in EXACT}).astype(object)
+    found = groups.agg({"rank": "max"} | {column: "first" for column in EXACT}).astype(object)
+    found["interval"] = pd.Series({case: _interval(group) for case, group in groups}, dtype=object)
+    return found
+
+
+def _interval(rows: pd.DataFrame) -> tuple[float, float, float] | None:
+    """Low, middle and high time of one case in ms; None if it was never timed."""
+    timed = rows.dropna(subset="latency_p50_ms")
+    if timed.empty:
+        return None
+    if len(timed) == 1:
+        low, middle, high = (float(timed[f"latency_{q}_ms"].iloc[0]) for q in ("p25", "p50", "p75"))
+        return low, middle, high
+    low, high = interval([float(median) for median in timed["latency_p50_ms"]])
+    return low, low, high
 
 
 def _named(values: tuple[object, ...]) -> str:
@@ -143,14 +167,13 @@ def _named(values: tuple[object, ...]) -> str:
 
 
 def _cell(case: str, a: pd.Series, b: pd.Series) -> tuple[object, ...]:
-    quartiles = ["latency_p25_ms", "latency_p50_ms", "latency_p75_ms"]
-    left, right = ([float(side[column]) for column in quartiles] for side in (a, b))
-    timed = not (pd.isna(left[1]) or pd.isna(right[1]))
+    left, right = a["interval"], b["interval"]
+    timed = left is not None and right is not None
     changes = [f"{c}: {_shown(a[c])} -> {_shown(b[c])}" for c in EXACT if _shown(a[c]) != _shown(b[c])]
     status = "" if a["rank"] == b["rank"] else f"{STATUSES[int(a['rank'])]} -> {STATUSES[int(b['rank'])]}"
     return (
         case, verdict(left, right) if timed else "", right[1] / left[1] if timed else None,
-        left[1], right[1], status, bool(b["rank"] > a["rank"]), "; ".join(changes),
+        left and left[1], right and right[1], status, bool(b["rank"] > a["rank"]), "; ".join(changes),
     )  # fmt: skip
 
 

@@ -19,5 +19,6 @@ SWEEP = Sweep(
     measured=lambda case: case.height == 224 or case.device == "cuda",
     most_macs_on_cpu=35e9,
     timeout=600,
+    replicates=3,
     patience=Patience(seconds=0.3),
 )

@@ -21,5 +21,6 @@ SWEEP = Sweep(
     smoke={"grid": (14, 1024)},
     measured=lambda case: case.height <= 256,
     most_macs_on_cpu=18e9,
+    replicates=3,
     patience=Patience(seconds=0.1),
 )  # fmt: skip

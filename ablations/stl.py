@@ -4,16 +4,20 @@ python run_all.py --only stl
 """
 
 from ablations.sweep import Sweep, attentions
+from profiling.latency import Patience
 
 SWEEP = Sweep(
     question="What does the Swin-T layout cost with each attention in all of its stages?",
-    expect="at 224 all cost nearly the same; at 1024 full attention needs 100 times the memory of windows. 1 min.",
+    expect="at 224 all cost nearly the same; at 1024 full attention needs 100 times the memory of windows. 8 min.",
     axes={
         "grid": (224, 512, 1024),
         "attention": attentions,
+        "mode": ("forward", "forward_backward"),
     },
     fixed={"kind": "model", "name": "biformer_stl", "impl": "reference", "auto_pad": True},
-    smoke={"grid": (224,), "attention": ("bra", "window")},
-    measured=lambda case: case.height == 224,
+    smoke={"grid": (224,), "attention": ("bra", "window"), "mode": ("forward",)},
+    measured=lambda case: case.mode == "forward",
+    most_macs_on_cpu=200e9,
     timeout=600,
+    patience=Patience(seconds=0.3),
 )

@@ -5,7 +5,7 @@ import csv
 import fcntl
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from attention_zoo import InvalidOption
-from profiling.rows import COLUMNS, KEY, as_text, load, validate
+from profiling.rows import COLUMNS, KEY, check, load
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
 
@@ -37,26 +37,34 @@ class Store:
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(path)
-            self._status = {key: status for key, status in self._keys()}
+            self._status = dict(self._keys())
             if not path.exists() or path.stat().st_size == 0:
                 _append(path, ",".join(COLUMNS) + "\n")
 
     def finished(self, key: tuple[str, ...], retry_failed: bool = False) -> bool:
         """Whether the case needs no run: it has a row, and not one of a failure that is to be retried."""
-        status = self._status.get(key)
+        status = self._status.get(_joined(key))
         return status is not None and not (retry_failed and status in FAILED)
 
     def append(self, row: dict[str, Any]) -> None:
         """Validate a row and put it on disk; a row of the same key is replaced."""
-        validate([row])
-        text = [as_text(row.get(name)) for name in COLUMNS]
-        key = tuple(text[: len(KEY)])
+        self.merge([check(row)])
+
+    def merge(self, rows: Iterable[list[str]]) -> None:
+        """Put rows, as :func:`profiling.rows.check` gives them, on disk; a later one replaces one of its key."""
+        latest = {_key(text): text for text in rows}
+        new = {key: text for key, text in latest.items() if key not in self._status}
         with _explained(self.path):
-            if key in self._status:
-                self._replace(key, text)
-            else:
-                _append(self.path, _line(text))
-        self._status[key] = text[COLUMNS.index("status")]
+            if len(new) < len(latest):
+                self._replace(latest)
+            elif new:
+                _append(self.path, "".join(map(_line, new.values())))
+        self._status |= {key: text[len(KEY)] for key, text in latest.items()}
+
+    def medians(self) -> dict[tuple[str, ...], float | None]:
+        """The median latency of every row in ms, by its key; None where there is none."""
+        place = COLUMNS.index("latency_p50_ms")
+        return {tuple(text[: len(KEY)]): float(text[place]) if text[place] else None for text in read(self.path)}
 
     def frame(self) -> pd.DataFrame:
         """All rows."""
@@ -73,21 +81,28 @@ class Store:
         self._status.clear()
         return aside
 
-    def _keys(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def _keys(self) -> Iterator[tuple[str, str]]:
         if not self.path.exists() or self.path.stat().st_size == 0:
             return
         load(self.path)
-        with self.path.open(newline="") as file:
-            for line in csv.DictReader(file):
-                yield tuple(line[name] for name in KEY), line["status"]
+        for text in read(self.path):
+            yield _key(text), text[len(KEY)]
 
-    def _replace(self, key: tuple[str, ...], text: list[str]) -> None:
-        with self.path.open(newline="") as file:
-            lines = [line for line in csv.reader(file) if tuple(line[: len(KEY)]) != key]
+    def _replace(self, latest: dict[str, list[str]]) -> None:
+        kept = [text for text in read(self.path) if _key(text) not in latest]
         beside = self.path.with_suffix(".tmp")
         beside.unlink(missing_ok=True)
-        _append(beside, "".join(map(_line, [*lines, text])))
+        _append(beside, "".join(map(_line, [list(COLUMNS), *kept, *latest.values()])))
         beside.replace(self.path)
+
+
+def read(path: Path) -> Iterator[list[str]]:
+    """The rows of a file as text, but for a last line that is not whole; nothing if there is no file."""
+    with contextlib.suppress(FileNotFoundError), path.open(newline="") as file:
+        whole = (line for line in file if line.endswith("\n"))
+        for number, text in enumerate(csv.reader(whole)):
+            if number:
+                yield text
 
 
 @contextlib.contextmanager
@@ -147,6 +162,15 @@ def _cut_torn_line(path: Path) -> None:
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
+
+
+def _key(text: list[str]) -> str:
+    return _joined(text[: len(KEY)])
+
+
+def _joined(key: Iterable[str]) -> str:
+    # One string takes a tenth of the memory of a tuple of them.
+    return "\n".join(key)
 
 
 def _line(values: list[str]) -> str:

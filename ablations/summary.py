@@ -1,11 +1,18 @@
-"""What a run ends with: cells by status, files written, the findings worth reading first."""
+"""What a run ends with: cells by status, files written, the findings worth reading first, and a page of it all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 
 from ablations.launch import Report
+from profiling.replicates import fastest
 from profiling.rows import load
 
 MIB = 2**20
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def show(report: Report, seconds: float) -> None:
@@ -16,11 +23,27 @@ def show(report: Report, seconds: float) -> None:
     print("Files:")
     for path in report.files:
         print(f"  {path}")
-    found = findings(load(*report.files))
+    found = findings(fastest(load(*report.files)))
     if found:
         print("Findings:")
         for finding in found:
             print(f"  - {finding}")
+    write_page(report.folder)
+
+
+def write_page(folder: Path) -> None:
+    """Write report.html into the folder; one line says where it is, or on stderr why there is none.
+
+    In a process of its own: the page is drawn by the notebooks' code, which nothing here imports.
+    """
+    command = [sys.executable, "-m", "notebooks.report", str(folder.resolve())]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True)
+    if done.returncode == 0:
+        print(f"Report: {folder / 'report.html'}")
+    else:
+        why = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        cure = "; it needs pip install '.[notebooks]'" if why.startswith("ModuleNotFoundError") else ""
+        print(f"No report.html: {why}{cure}", file=sys.stderr)
 
 
 def findings(rows: pd.DataFrame) -> list[str]:

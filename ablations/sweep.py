@@ -4,7 +4,7 @@ import importlib
 import itertools
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from profiling.latency import STANDARD, Patience
 
 CASE_FIELDS = {f.name for f in fields(Case)} - {"options"}
 Values = Mapping[str, Any]
+Axis = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,17 @@ class Sweep:
     Attributes:
         question: what the sweep answers, in one sentence.
         expect: what a reader should find, and how long the sweep takes.
-        axes: values of fields of a Case, of options, or of ``grid`` (height and width at once). The axis
-            ``name`` may be a function, called when the sweep runs, so that it sees plugins.
+        axes: values of fields of a Case, of options, or of ``grid`` (height and width at once, or a pair of them).
+            A tuple of names is one axis, whose values are tuples too. The values may be a function, called when the
+            sweep runs, so that it sees plugins.
         fixed: as axes, with one value each.
         smoke: axes to use instead under ``--smoke``.
-        keep: which combinations are cases; all by default.
+        keep: which combinations are cases, by their values and the ``device``; all by default.
         measured: which cases are run; the others are counted and predicted only.
         most_macs_on_cpu: cases of more MACs per step are predicted only on a CPU, where they would take minutes and
             tell no more than their prediction does.
-        replicates: processes that measure each case, interleaved in random order.
+        replicates: processes that measure each case, interleaved in random order; if several, more of them are asked
+            until the fastest agree (``profiling.replicates``).
         patience: when to stop timing a case.
         timeout: seconds a cell may take.
         oversized: run cells even where they are predicted not to fit the device.
@@ -39,9 +42,9 @@ class Sweep:
 
     question: str
     expect: str
-    axes: Mapping[str, Sequence[Any] | Callable[[], Sequence[Any]]]
+    axes: Mapping[Axis, Sequence[Any] | Callable[[], Sequence[Any]]]
     fixed: Values = field(default_factory=dict)
-    smoke: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    smoke: Mapping[Axis, Sequence[Any] | Callable[[], Sequence[Any]]] = field(default_factory=dict)
     keep: Callable[[Values], bool] = lambda values: True
     measured: Callable[[Case], bool] = lambda case: True
     most_macs_on_cpu: float = math.inf
@@ -52,11 +55,13 @@ class Sweep:
 
     def cases(self, device: str, smoke: bool = False) -> list[Case]:
         """All cases in the order of the axes, each once per replicate."""
-        axes = {name: values() if callable(values) else values for name, values in self.axes.items()}
-        axes |= dict(self.smoke) if smoke else {}
-        _check_names({**axes, **self.fixed})
-        products = (dict(self.fixed) | dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values()))
-        chosen = [_case(dict(values), device) for values in products if self.keep(values)]
+        given = dict(self.axes) | (dict(self.smoke) if smoke else {})
+        axes = [[_named(axis, value) for value in (values() if callable(values) else values)]
+                for axis, values in given.items()]  # fmt: skip
+        fixed = {"device": device, **self.fixed}
+        _check_names([*itertools.chain(*(axis[0] for axis in axes if axis)), *fixed])
+        products = (fixed | dict(itertools.chain(*map(dict.items, parts))) for parts in itertools.product(*axes))
+        chosen = [_case(dict(values)) for values in products if self.keep(values)]
         return [
             replace(case, replicate=replicate)
             for replicate in range(1 if smoke else self.replicates)
@@ -64,7 +69,12 @@ class Sweep:
         ]
 
 
-def _check_names(axes: Mapping[str, Any]) -> None:
+def _named(axis: Axis, value: Any) -> dict[str, Any]:
+    """One value of an axis: by its name, or by the names of a coupled one."""
+    return {axis: value} if isinstance(axis, str) else dict(zip(axis, value, strict=True))
+
+
+def _check_names(axes: Iterable[str]) -> None:
     known = CASE_FIELDS | {"grid", "attention"} | {option for name in names() for option in options(name)}
     for name in axes:
         if name not in known:
@@ -91,16 +101,17 @@ def _sweeps(path: Sequence[str]) -> Iterator[tuple[str, Sweep]]:
                 yield module.name, found
 
 
-def _case(values: dict[str, Any], device: str) -> Case:
+def _case(values: dict[str, Any]) -> Case:
     if "grid" in values:
-        values["height"] = values["width"] = values.pop("grid")
+        grid = values.pop("grid")
+        values["height"], values["width"] = grid if isinstance(grid, tuple) else (grid, grid)
     chosen = {name: value for name, value in values.items() if name in CASE_FIELDS}
     rest = {name: value for name, value in values.items() if name not in CASE_FIELDS}
     if chosen.get("kind") != "model":
         declared = options(chosen["name"])
         # A sweep over attentions states the options of all of them; each takes its own.
         rest = {name: value for name, value in rest.items() if name in declared}
-    return Case(**chosen, options=tuple(sorted(rest.items())), device=device)
+    return Case(**chosen, options=tuple(sorted(rest.items())))
 
 
 def select(chosen: str | None) -> dict[str, Sweep]:

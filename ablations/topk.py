@@ -17,5 +17,6 @@ SWEEP = Sweep(
     fixed={"name": "bra", "grid": 56, "dim": 64, "num_heads": 2, "impl": "reference", "side_dwconv": 5},
     smoke={"n_win": (7,), "topk": (1, 49), "mode": ("forward",)},
     keep=lambda values: values["topk"] <= values["n_win"] ** 2,
+    replicates=3,
     patience=Patience(seconds=0.1),
 )

@@ -2,77 +2,182 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
+
+from jaxtyping import Float
+from torch import Tensor
 
 from attention_zoo import InvalidOption, draw, load_plugin, names, options
+from attention_zoo.checkpoint import load_model
+from attention_zoo.models import MODELS
+from attention_zoo.options import Option
 
 EXAMPLES = """examples:
-  python -m attention_zoo axial                          axial.png
-  python -m attention_zoo bra --topk 8 --query 20,30     the options of the attention are flags
-  python -m attention_zoo gallery --out results/figures/reach.png
+  python -m attention_zoo axial                    what a query depends on
+  python -m attention_zoo bra --query 0.4,0.5      where BRA routes it, by topk
+  python -m attention_zoo bra --image cat.jpg --query 120,80 --n-win 8 --topk 4
+  python -m attention_zoo bra --image cat.jpg --query 120,80 --stage 2 \\
+      --model biformer_small --weights biformer_small.pth
+  python -m attention_zoo gallery --output results/figures/reach.png
+  python -m attention_zoo bra --help               the options of one attention
 """
+DESCRIPTION = """Draw what a query depends on, over a picture: every position that its output
+has a gradient to. For bra with --query or --weights: the regions that the
+query's region is routed to, for several topk, by colour and gradients or by a
+trained model. Prints the name of the file it writes."""
+QUERY = "0.37,0.44"
+ROUTES = "results/figures/routes.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status: 0, or 2 with one line on stderr if the input is wrong."""
     try:
         print(_run(list(sys.argv[1:] if arguments is None else arguments)))
-    except InvalidOption as problem:
-        print(f"error: {problem}", file=sys.stderr)
+    except (InvalidOption, OSError) as problem:
+        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+        return 2
+    except ImportError as problem:
+        print(f"error: {problem}; drawing needs pip install '.[notebooks]'", file=sys.stderr)
         return 2
     return 0
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if arg_strings == ["--"] and action.option_strings:
+            # As in --flag=--, of which Python 3.11 makes an empty list.
+            raise argparse.ArgumentError(action, "expected a value, not --")
+        return super()._get_values(action, arg_strings)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments"):
+            flags = [a.option_strings[0] for a in self._actions if a.option_strings]
+            message += f"; valid: {', '.join(flags)}"
         raise InvalidOption(message)
 
 
 def _run(arguments: list[str]) -> Path:
+    parser, declared = _parser(arguments)
+    given = parser.parse_args(arguments)
+    chosen = {name: getattr(given, name) for name in declared if hasattr(given, name)}
+    _check(given)
+    picture = draw.read_image(given.image) if given.image is not None else draw.sample_image()
+    query = _pixel(QUERY if given.query is None else given.query, picture)
+    if given.name == "bra" and (given.query is not None or given.weights is not None):
+        return _routes(given, picture, query, chosen)
+    if given.name == "gallery":
+        return draw.gallery(picture, query, given.output or "gallery.png")
+    return draw.save(given.name, picture, query, given.output or f"{given.name}.png", **chosen)
+
+
+def _routes(
+    given: argparse.Namespace, picture: Float[Tensor, "3 h w"], query: tuple[int, int], chosen: dict[str, Any]
+) -> Path:
+    from attention_zoo import draw_routes, routes
+
+    if given.weights is None:
+        found = routes.by_appearance(picture, query, **chosen)
+    else:
+        topk = chosen.pop("topk", None)
+        model = load_model(given.model, given.weights, impl="auto", **chosen)
+        stage, block = (default if n is None else n for n, default in ((given.stage, 3), (given.block, 1)))
+        found = routes.of_model(model, picture, query, stage, block, topk)
+    path = draw_routes.save(found, picture, query, given.output or ROUTES)
+    print(f"routes {found.source}", file=sys.stderr)
+    return path
+
+
+def _parser(arguments: list[str]) -> tuple[_Parser, list[str]]:
+    """The parser for the chosen attention, and the names of its options."""
+    first = _Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--plugin", action="append", default=[])
+    for plugin in first.parse_known_args(arguments)[0].plugin:
+        load_plugin(plugin)
+    # Without a name, or with a wrong one, it is the whole parser's to say so.
+    chosen = next((word for word in arguments if word in names()), None)
+    declared = options(chosen) if chosen else {}
     parser = _Parser(
         prog="python -m attention_zoo",
-        description="Draw which positions a query's output depends on, over a picture.",
+        description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("name", help=f"gallery, or one of: {', '.join(names())}")
-    parser.add_argument("--image", metavar="FILE", help="a picture of yours (default: a photograph of Grace Hopper)")
-    parser.add_argument("--query", metavar="Y,X", default="20,24", help="position in the 56 x 56 grid (default: 20,24)")
-    parser.add_argument("--out", metavar="FILE", help="where to save (default: NAME.png)")
-    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours")
-    given, rest = parser.parse_known_args(arguments)
-    for plugin in given.plugin:
-        load_plugin(plugin)
-    picture = draw.read_image(given.image) if given.image else draw.sample_image()
-    out = given.out or f"{given.name}.png"
-    if given.name == "gallery":
-        if rest:
-            raise InvalidOption(f"gallery takes no option {rest[0]!r}")
-        return draw.gallery(picture, _query(given.query), out)
-    return draw.save(given.name, picture, _query(given.query), out, **_options(given.name, rest))
+    _add_common(parser)
+    if chosen:
+        _add_options(parser, chosen, declared)
+    return parser, list(declared)
 
 
-def _options(name: str, rest: list[str]) -> dict[str, object]:
-    declared = options(name)
-    parser = _Parser(allow_abbrev=False, prog=name)
+def _add_options(parser: _Parser, name: str, declared: dict[str, Option]) -> None:
+    group = parser.add_argument_group(f"options of {name}")
+    taken = {flag for action in parser._actions for flag in action.option_strings}
     for option in declared.values():
-        parser.add_argument(f"--{option.name.replace('_', '-')}", type=option.parse, default=argparse.SUPPRESS)
-    chosen, unknown = parser.parse_known_args(rest)
-    if unknown:
-        raise InvalidOption(f"{name!r} has no option {unknown[0]!r}; valid: {', '.join(declared) or 'none'}")
-    return vars(chosen)
+        flag = f"--{option.name.replace('_', '-')}"
+        if flag in taken:
+            valid = ", ".join(sorted(taken))
+            raise InvalidOption(f"option {option.name!r} of {name!r} has the name of a flag; taken: {valid}")
+        text = f"{option.describe()} (default: {option.default})".replace("%", "%%")
+        group.add_argument(
+            flag, type=_value_of(option), metavar=option.name.upper().rsplit("_")[-1], default=argparse.SUPPRESS,
+            nargs="?" if option.default is False else None, const=True if option.default is False else None, help=text,
+        )  # fmt: skip
 
 
-def _query(text: str) -> tuple[int, int]:
+def _add_common(parser: _Parser) -> None:
+    parser.add_argument("name", metavar="NAME", help=f"gallery, or one of: {', '.join(names())}")
+    parser.add_argument("--image", metavar="FILE", help="a picture of yours (default: a photograph of Grace Hopper)")
+    text = "row and column: whole pixels of the picture, or fractions of its sides if both are at most 1"
+    parser.add_argument("--query", metavar="Y,X", help=f"{text} (default: {QUERY}; if given, bra draws routes)")
+    parser.add_argument("--output", metavar="FILE", help=f"where to save (default: NAME.png; routes: {ROUTES})")
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours")
+    group = parser.add_argument_group("routes of a trained model, for bra")
+    group.add_argument("--weights", metavar="FILE", help="its checkpoint, loaded without running code of it")
+    group.add_argument("--model", metavar="NAME", help=f"one of: {', '.join(MODELS)}")
+    group.add_argument("--stage", type=int, metavar="N", help="counted from 1 (default: 3)")
+    group.add_argument("--block", type=int, metavar="M", help="counted from 1 (default: 1)")
+
+
+def _check(given: argparse.Namespace) -> None:
+    if given.name not in (*names(), "gallery"):
+        raise InvalidOption(f"unknown attention {given.name!r}; valid: gallery, {', '.join(names())}")
+    trained = [f"--{flag}" for flag in ("weights", "model", "stage", "block") if getattr(given, flag) is not None]
+    if trained and given.name != "bra":
+        raise InvalidOption(f"{trained[0]} is about routes, which {given.name!r} has none of; valid: bra")
+    if given.weights is not None and given.model is None:
+        raise InvalidOption(f"--weights needs --model; valid: {', '.join(MODELS)}")
+    if trained and given.weights is None:
+        raise InvalidOption(f"{trained[0]} needs --weights, a checkpoint: without one, a model's routes are random")
+    if given.output is not None:
+        draw.check_format(given.output)
+
+
+def _value_of(option: Option) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return option.parse(text)
+        except InvalidOption as problem:
+            # The one exception whose message argparse passes on.
+            raise argparse.ArgumentTypeError(str(problem)) from None
+
+    return parse
+
+
+def _pixel(text: str, picture: Float[Tensor, "3 h w"]) -> tuple[int, int]:
+    """The pixel that ``--query`` names."""
+    height, width = picture.shape[1:]
+    valid = f"valid: two whole pixels Y,X from 0,0 to {height - 1},{width - 1}, or two fractions from 0 to 1"
     try:
-        y, x = (int(part) for part in text.split(","))
+        y, x = (float(part) for part in text.split(","))
     except ValueError:
-        raise InvalidOption(f"--query {text!r} is not valid; valid: two integers Y,X") from None
-    if not (0 <= y < draw.GRID and 0 <= x < draw.GRID):
-        raise InvalidOption(f"--query {text} is not valid; valid: 0 to {draw.GRID - 1} for both")
-    return y, x
+        raise InvalidOption(f"--query {text!r} is not valid; {valid}") from None
+    if 0 <= y <= 1 and 0 <= x <= 1:
+        return min(int(y * height), height - 1), min(int(x * width), width - 1)
+    if not (y.is_integer() and x.is_integer() and 0 <= y < height and 0 <= x < width):
+        raise InvalidOption(f"--query {text} is not in the {height} x {width} picture; {valid}")
+    return int(y), int(x)
 
 
 if __name__ == "__main__":

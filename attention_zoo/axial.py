@@ -16,7 +16,8 @@ class AxialAttention(Attention):
     Each layer has projections of its own, as published; together they reach the whole grid.
     """
 
-    citation = "Ho et al., Axial Attention in Multidimensional Transformers, 2019, section 4.1"
+    attends_to = "its row, then its column"
+    citation = "Ho et al., Axial Attention in Multidimensional Transformers, 2019 (row attention, column attention)"
     impls = ("reference", "sdpa")
     exponent = 1.5
 

@@ -41,7 +41,8 @@ class BlockGridAttention(Attention):
         qkv_bias: whether the qkv projections have a bias.
     """
 
-    citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022, section 3.2"
+    attends_to = "its window, then a sparse grid"
+    citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022 (Max-SA: block, then grid attention)"
     impls = ("reference", "sdpa")
     exponent = 1
     smallest = {"window_size": 2, "grid_size": 2}

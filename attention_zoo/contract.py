@@ -46,12 +46,19 @@ class Attention(nn.Module):
     configuration, overrides :meth:`unsupported`.
     """
 
+    attends_to: ClassVar[str] = ""
+    """What a query attends to, in a few words."""
     citation: ClassVar[str] = ""
+    """Authors, title, venue and year, then where in the publication: parted by commas."""
     impls: ClassVar[tuple[str, ...]] = ("reference",)
     exponent: float | None = None
     """The power of HW with which attention and routing grow, by theory."""
     smallest: ClassVar[dict[str, Any]] = {}
     """Options that make the smallest valid instance on an 8 x 8 grid, for tests."""
+    by_stage: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    """Options that the publication sets stage by stage: their values in the four stages of a model."""
+    listed: ClassVar[bool] = True
+    """Whether it is an attention of the zoo; a bound that one sweep names, say, is built by name only."""
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto") -> None:
         super().__init__()

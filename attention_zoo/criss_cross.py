@@ -39,7 +39,8 @@ class CrissCrossAttention(Attention):
         InvalidOption: num_heads * qk_reduction does not divide dim.
     """
 
-    citation = "Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019, section 3.2, eq. 1, 2"
+    attends_to = "its row and column at once, repeatedly"
+    citation = "Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019 (affinity, aggregation)"
     exponent = 1.5
     smallest = {"recurrence": 1}
 

@@ -31,10 +31,12 @@ class CrossShapedAttention(Attention):
         InvalidOption: num_heads is odd.
     """
 
-    citation = "Dong et al., CSWin Transformer, CVPR 2022, section 3.2 (H-Attention, V-Attention, LePE)"
+    attends_to = "a stripe of rows, and one of columns"
+    citation = "Dong et al., CSWin Transformer, CVPR 2022 (H-Attention, V-Attention, LePE)"
     impls = ("reference", "sdpa")
     exponent = 1.5
     smallest = {"stripe_width": 2}
+    by_stage = {"stripe_width": (1, 2, 7, 7)}
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ class DeformableAttention(Attention):
     """Keys and values are sampled at the points of a coarse grid, each displaced by an offset that the queries predict.
 
     The offset network is shared by the groups: depthwise convolution, LayerNorm, GELU, 1x1 convolution to two
-    numbers. An offset is at most ``offset_range_factor`` halves of the points' spacing (tanh; eq. 4). Sampling is
+    numbers. An offset is at most ``offset_range_factor`` halves of the points' spacing, by a tanh. Sampling is
     bilinear, with corner points on corner tokens (``align_corners``) and zero outside the image. The reference
     points span the grid from corner to corner, as the paper has it; the published code puts them half a spacing
     further down and right, and divides by zero where a side has one point: here that point is the middle.
@@ -45,10 +45,12 @@ class DeformableAttention(Attention):
             and point (on in the published model).
     """
 
-    citation = "Xia et al., Vision Transformer with Deformable Attention, CVPR 2022, section 3.2, eq. 4-8"
+    attends_to = "points sampled where the image asks for it"
+    citation = "Xia et al., Vision Transformer with Deformable Attention, CVPR 2022, section 3.2 (deformable attention)"
     impls = ("reference", "sdpa")
     exponent = 2
     smallest = {"stride": 2, "offset_kernel": 3}
+    by_stage = {"stride": (8, 4, 2, 1), "offset_kernel": (9, 7, 5, 3)}
 
     def __init__(
         self,

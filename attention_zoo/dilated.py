@@ -13,7 +13,7 @@ class DilatedWindowAttention(WindowAttention):
 
     The windows do not overlap: along each axis a token at position (i * window_size + j) * dilation + r, with
     j < window_size and r < dilation, attends to the tokens of equal i and r. This is the sampling at a fixed
-    interval of CrossFormer's long-distance attention (section 3.2) over windows of bounded size, and in
+    interval of CrossFormer's long-distance attention (LDA) over windows of bounded size, and in
     one dimension LongNet's dilated segments (2023) with all offsets r; CrossFormer itself lets a
     group reach over the whole grid, so that its size grows with the grid. DilateFormer (TMM 2023) centres a
     dilated window on each query instead; such sliding windows overlap and hold different keys for each query.
@@ -25,7 +25,8 @@ class DilatedWindowAttention(WindowAttention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
-    citation = "Wang et al., CrossFormer, ICLR 2022, section 3.2 (long-distance attention), in windows"
+    attends_to = "a window's worth of tokens, spaced apart"
+    citation = "Wang et al., CrossFormer, ICLR 2022 (long-distance attention, LDA), in windows"
     smallest = {"window_size": 2, "dilation": 2}
 
     def __init__(

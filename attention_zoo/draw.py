@@ -27,20 +27,31 @@ SHARPNESS = 6.0
 
 def sample_image() -> Float[Tensor, "3 h w"]:
     """A photograph that comes with matplotlib (Grace Hopper, US Navy, public domain), its upper square."""
-    from matplotlib import cbook, image
+    from matplotlib import cbook
 
-    path = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    return _to_tensor(image.imread(str(path)))[:, :512, :512]
+    return read_image(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)))[:, :512, :512]
 
 
 def read_image(path: str | Path) -> Float[Tensor, "3 h w"]:
-    """Any image file as RGB in [0, 1]; InvalidOption if it cannot be read."""
-    from matplotlib import image
+    """Any image file as RGB in [0, 1], turned as its camera says; InvalidOption if it cannot be read."""
+    from PIL import Image, ImageOps
 
     try:
-        return _to_tensor(image.imread(path))
-    except (OSError, SyntaxError, ValueError) as problem:
+        with Image.open(path) as image:
+            pixels = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise InvalidOption(f"--image {path}: not an image that can be read ({problem})") from problem
+    values = torch.frombuffer(bytearray(pixels.tobytes()), dtype=torch.uint8)
+    return values.view(pixels.height, pixels.width, 3).permute(2, 0, 1).float().div(255).contiguous()
+
+
+def check_format(path: str | Path) -> None:
+    """Raise InvalidOption unless a figure can be saved under such a name."""
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix.removeprefix(".").lower() not in formats:
+        raise InvalidOption(f"--output {path}: no picture ends so; valid: .{', .'.join(sorted(formats))}")
 
 
 def features(picture: Float[Tensor, "3 h w"], height: int, width: int, dim: int = DIM) -> Float[Tensor, "1 h2 w2 d"]:
@@ -76,16 +87,17 @@ def draw(name: str, picture: Float[Tensor, "3 h w"], query: tuple[int, int], axe
     """Draw the reach of one attention over a picture, the query marked.
 
     Args:
-        query: row and column in the 56 x 56 grid that the picture is cut into.
+        query: row and column of a pixel.
         options: of the attention; by default such as show its structure at this grid.
     """
-    values = reach(name, features(picture, GRID, GRID), query, **(SHOWN.get(name, {}) | options))
     height, width = picture.shape[1:]
+    row, column = query[0] * GRID // height, query[1] * GRID // width
+    values = reach(name, features(picture, GRID, GRID), (row, column), **(SHOWN.get(name, {}) | options))
     axes.imshow(picture.mean(0).numpy(), cmap="gray", vmin=-0.6, vmax=1.2, extent=(0, width, height, 0))
     # Reached at all is what tells attentions apart: a logarithm shows the faint as well.
     strength = (1 + values.clamp_min(1e-6).log10() / 6).where(values > FAINTEST, torch.tensor(math.nan))
     axes.imshow(strength.numpy(), cmap="viridis", alpha=0.75, vmin=0, vmax=1, extent=(0, width, height, 0))
-    y, x = ((at + 0.5) * side / GRID for at, side in zip(query, (height, width), strict=True))
+    y, x = ((at + 0.5) * side / GRID for at, side in ((row, height), (column, width)))
     axes.plot(x, y, "s", markersize=7, markerfacecolor="white", markeredgecolor="crimson", markeredgewidth=2)
     axes.set_title(name, fontsize=10)
     axes.set_axis_off()
@@ -139,10 +151,3 @@ def _show_structure(module: nn.Module) -> None:
             layer.weight.data.copy_(torch.eye(layer.in_features)[row])
             if layer.bias is not None:
                 layer.bias.data.zero_()
-
-
-def _to_tensor(pixels: Any) -> Tensor:
-    picture = torch.as_tensor(pixels.copy()).float()
-    picture = picture / 255 if picture.max() > 1 else picture
-    picture = picture[..., None].expand(-1, -1, 3) if picture.ndim == 2 else picture[..., :3]
-    return picture.permute(2, 0, 1).contiguous()

@@ -18,7 +18,8 @@ class FullAttention(Attention):
         impl: ``reference`` writes the attention matrix, ``sdpa`` is PyTorch's fused attention.
     """
 
-    citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1"
+    attends_to = "every token"
+    citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1 (scaled dot-product attention)"
     impls = ("reference", "sdpa")
     exponent = 2
 

@@ -14,14 +14,15 @@ from attention_zoo.registry import register
 class LePEAttention(FullAttention):
     """Full attention plus a depthwise convolution of its input, before the output projection; topk = -2.
 
-    LePE was published as a convolution of the values (CSWin, eq. 9). The published Block convolves the
-    attention's input instead, and so does this.
+    LePE was published as a convolution of the values (CSWin: softmax(q k^T / sqrt(d)) v + DWConv(v)). The published
+    Block convolves the attention's input instead, and so does this.
 
     Args:
         side_dwconv: kernel of the depthwise convolution, odd; 0 leaves it out.
     """
 
-    citation = "Dong et al., CSWin Transformer, CVPR 2022, eq. 9; BiFormer's Block applies it to the input"
+    attends_to = "every token, plus a local convolution"
+    citation = "Dong et al., CSWin Transformer, CVPR 2022 (LePE); BiFormer's Block applies it to the input"
     smallest = {"side_dwconv": 3}
 
     def __init__(

@@ -16,7 +16,7 @@ from attention_zoo.registry import register
 
 @register("linear")
 class LinearAttention(Attention):
-    """Attention with weights phi(q) . phi(k), phi(x) = elu(x) + 1 (eq. 4-7): a control whose cost is linear in tokens.
+    """Attention with weights phi(q) . phi(k), phi(x) = elu(x) + 1: a control whose cost is linear in tokens.
 
     As published, the feature maps see queries and keys unscaled. The denominator is kept from zero by the smallest
     normal number, where the published code adds 1e-6.
@@ -25,7 +25,8 @@ class LinearAttention(Attention):
         qkv_bias: whether the qkv projection has a bias (the published layer has one).
     """
 
-    citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020, eq. 4-7"
+    attends_to = "a summary of all tokens"
+    citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020 (linearised attention, feature map elu + 1)"
     impls = ("reference",)
     exponent = 1
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attention_zoo.block import Block
 from attention_zoo.contract import InvalidOption, Macs
+from attention_zoo.registry import get
 
 HEAD_DIM = 32
 TOPK = (1, 4, 16, -2)
@@ -49,7 +50,8 @@ class BiFormer(nn.Module):
         drop_path_rate: of the last block; grows linearly from 0 at the first.
         topk: per stage, as in Block.
         attention: a registered name for all stages, or one name (or None, as published) per stage.
-        attention_options: options of the attentions named in ``attention``.
+        attention_options: options of the attentions named in ``attention``; else those are as published for the
+            stage, or the defaults.
         **block: further arguments of every Block, such as n_win or auto_pad.
 
     Raises:
@@ -80,10 +82,10 @@ class BiFormer(nn.Module):
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.downsample_layers = nn.ModuleList(_downsample(swin_layout, in_chans, dims))
         self.stages = nn.ModuleList()
-        for depth, dim, k, name in zip(depths, dims, topk, per_stage, strict=True):
+        for stage, (depth, dim, k, name) in enumerate(zip(depths, dims, topk, per_stage, strict=True)):
             named = {} if name is None else {"attention": name, **(attention_options or {})}
             make = STLBlock if swin_layout else Block
-            arguments = settings | named | {"num_heads": dim // HEAD_DIM}
+            arguments = _published(name, stage) | settings | named | {"num_heads": dim // HEAD_DIM}
             if name in (None, "bra"):
                 arguments["topk"] = _all_regions(k, settings) if named else k
             blocks = [make(dim, drop_path=next(rates), mlp_ratio=mlp_ratio, **arguments) for _ in range(depth)]
@@ -112,6 +114,12 @@ class BiFormer(nn.Module):
                 if isinstance(block, Block):
                     cost += block.macs(height, width)
         return cost + Macs(other=self.head.weight.numel() if isinstance(self.head, nn.Linear) else 0)
+
+
+def _published(name: str | None, stage: int) -> dict[str, Any]:
+    """The options that the publication of the attention ``name`` sets stage by stage."""
+    declared = {} if name is None else getattr(get(name), "by_stage", {})
+    return {option: values[stage] for option, values in declared.items()}
 
 
 def _all_regions(topk: int, settings: dict[str, Any]) -> int:

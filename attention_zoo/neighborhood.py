@@ -17,7 +17,7 @@ from attention_zoo.registry import register
 
 @register("neighborhood")
 class NeighborhoodAttention(Attention):
-    """A window that slides with its query, and at the border stays inside the grid (NAT, eq. 2-4).
+    """A window that slides with its query, and at the border stays inside the grid (NAT).
 
     So every query has exactly kernel_size ** 2 keys; a side shorter than the kernel is a kernel's side itself.
 
@@ -29,7 +29,8 @@ class NeighborhoodAttention(Attention):
             block mask, which is built in every step.
     """
 
-    citation = "Hassani et al., Neighborhood Attention Transformer, CVPR 2023, section 3.1, eq. 2-4"
+    attends_to = "the tokens around it"
+    citation = "Hassani et al., Neighborhood Attention Transformer, CVPR 2023 (neighborhood attention)"
     impls = ("reference", "sdpa", "flex")
     exponent = 1
     smallest = {"kernel_size": 3}

@@ -5,30 +5,22 @@ Shape legend: b batch, h w grid, p tiles (row-major), m heads, n tokens (tile by
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
-from attention_zoo import regions
+from attention_zoo import flex, regions
 
 TILE = (8, 16)
 BLOCK = TILE[0] * TILE[1]
-SMALLEST_HEAD = 16
 
 
 def unsupported(x: Tensor, head_dim: int) -> str | None:
     """Why FlexAttention cannot run, and be checked, on ``x``; None if it can."""
-    if not x.is_cuda:
-        return f"FlexAttention has no backward pass on {x.device.type}, so its gradients could not be checked"
-    if x.dtype == torch.float64:
-        return "FlexAttention's kernels do not run in fp64"
-    if head_dim < SMALLEST_HEAD:
-        return f"FlexAttention needs at least {SMALLEST_HEAD} channels per head, not {head_dim}"
-    return None
+    return flex.unsupported(x, head_dim, gradients=True)
 
 
 def attend(
@@ -49,15 +41,9 @@ def attend(
     tiles = regions.to_regions(padded, rows, cols)
     q, k, v = rearrange(tiles, "b p y x (t m e) -> t b m (p y x) e", t=3, m=heads)
     mask = block_mask(height, width, kernel, qkv.device)
-    out = _compiled()(q, k, v, _biased(table, kernel, cols), mask, scale)
+    out = flex.compiled()(q, k, v, _biased(table, kernel, cols), mask, scale)
     out = rearrange(out, "b m (p y x) e -> b p y x (m e)", y=TILE[0], x=TILE[1])
     return regions.crop(regions.from_regions(out, rows, cols), height, width)
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    # Without the compiler FlexAttention writes out every score of the grid, silently: fullgraph forbids that.
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def block_mask(height: int, width: int, kernel: int, device: torch.device) -> BlockMask:

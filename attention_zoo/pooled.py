@@ -23,7 +23,7 @@ class PooledAttention(Attention):
 
     ``conv`` is published for grids that sr_ratio divides; elsewhere its strides drop the border. Here the bottom
     and right are zero-padded instead, as a convolution's padding is, so that every token has a part in some key.
-    ``avg`` is the linear variant (PVT v2, section 3.2): an adaptive average to a fixed grid, a 1x1 convolution,
+    ``avg`` is the linear variant (PVT v2's linear SRA): an adaptive average to a fixed grid, a 1x1 convolution,
     LayerNorm, GELU. A grid with fewer than pool_size tokens on a side keeps that side as it is.
 
     Args:
@@ -34,10 +34,12 @@ class PooledAttention(Attention):
         qkv_bias: whether the projections to q, k and v have a bias.
     """
 
-    citation = "Wang et al., Pyramid Vision Transformer, ICCV 2021, section 3.3, eq. 1-4; avg: PVT v2, CVMJ 2022"
+    attends_to = "a sub-sampled grid"
+    citation = "Wang et al., Pyramid Vision Transformer, ICCV 2021 (SRA); avg: PVT v2, CVMJ 2022 (linear SRA)"
     impls = ("reference", "sdpa")
     exponent = 2
     smallest = {"sr_ratio": 2, "pool_size": 2}
+    by_stage = {"sr_ratio": (8, 4, 2, 1)}
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from attention_zoo.registry import register
 class PseudoConv(Attention):
     """1x1 conv, 5x5 depthwise conv, 1x1 conv; the Block's topk = 0. Heads have no meaning here."""
 
+    attends_to = "a 5 x 5 neighbourhood, with fixed weights"
     citation = "Zhu et al., BiFormer, CVPR 2023: the published Block's topk = 0"
     exponent = 1
 

@@ -26,9 +26,9 @@ class QuadtreeAttention(Attention):
     """QuadTree-B: full attention on the coarsest grid, then on the children of each query's topk keys.
 
     Queries, keys and values of a level are the 2x2 averages of the next finer one. Every level gives a message; they
-    are summed with the softmax of one learned number per level, a coarse message going to all its descendants
-    (section 3.3). Each head and each query has a topk of its own. The position convolution of the values that the
-    published code offers (off by default there) is left out.
+    are summed with the softmax of one learned number per level, a coarse message going to all its descendants.
+    Each head and each query has a topk of its own. The position convolution of the values that the published code
+    offers (off by default there) is left out.
 
     A grid that 2 ** (levels - 1) does not divide is zero-padded at the bottom and right; averages leave the padding
     out and no query attends to it. A grid too small for ``levels`` has as many as fit its shorter side, the coarse
@@ -40,7 +40,8 @@ class QuadtreeAttention(Attention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
-    citation = "Tang et al., QuadTree Attention for Vision Transformers, ICLR 2022, section 3.3, QuadTree-B"
+    attends_to = "the finest descendants of its best coarse keys"
+    citation = "Tang et al., QuadTree Attention for Vision Transformers, ICLR 2022 (QuadTree-B)"
     impls = ("reference", "sdpa")
     exponent = 2
     smallest = {"levels": 2, "topk": 2}

@@ -29,8 +29,8 @@ def register(name: str) -> Callable[[AnyModule], AnyModule]:
 
 
 def names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_CLASSES)
+    """The names of the zoo's attentions, sorted: all registered ones but those that say ``listed = False``."""
+    return sorted(name for name, cls in _CLASSES.items() if getattr(cls, "listed", True))
 
 
 def get(name: str) -> type[nn.Module]:

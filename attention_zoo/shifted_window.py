@@ -11,7 +11,7 @@ from attention_zoo.window import WindowAttention
 
 @register("shifted_window")
 class ShiftedWindowAttention(WindowAttention):
-    """Windows displaced by half their size, with a learned bias per relative position (eq. 4).
+    """Windows displaced by half their size, with a learned bias per relative position: softmax(q k^T / sqrt(d) + B) v.
 
     The publication alternates plain and shifted windows from block to block; this is every second block, at
     the same cost and the same parameters as the plain one (``window`` with relative_position_bias).
@@ -24,7 +24,8 @@ class ShiftedWindowAttention(WindowAttention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
-    citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2, eq. 4"
+    attends_to = "its window, displaced by half a window"
+    citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2 (shifted windows, relative position bias)"
 
     def __init__(
         self,

@@ -25,10 +25,12 @@ class SpatiallySeparableAttention(Attention):
         sr_ratio: reduction per side of the second layer's keys and values; published: 8, 4, 2, 1 by stage.
     """
 
-    citation = "Chu et al., Twins, NeurIPS 2021, section 3.2 (Twins-SVT: LSA, then GSA)"
+    attends_to = "its window, then a sub-sampled grid"
+    citation = "Chu et al., Twins, NeurIPS 2021 (Twins-SVT: LSA, then GSA)"
     impls = ("reference", "sdpa")
     exponent = 2
     smallest = {"window_size": 2, "sr_ratio": 2}
+    by_stage = {"sr_ratio": (8, 4, 2, 1)}
 
     def __init__(
         self, dim: int, num_heads: int, impl: Impl = "auto", *, window_size: AtLeast1 = 7, sr_ratio: AtLeast1 = 8

@@ -28,10 +28,11 @@ class WindowAttention(Attention):
     Args:
         window_size: tokens per side of a window.
         shift: how far the windows are displaced, less than window_size; 0 is none.
-        relative_position_bias: add a learned bias per head and relative position (Swin, eq. 4).
+        relative_position_bias: add a learned bias per head and relative position (Swin).
         qkv_bias: whether the qkv projection has a bias.
     """
 
+    attends_to = "its window"
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2"
     impls = ("reference", "sdpa")
     exponent = 1

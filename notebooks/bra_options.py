@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -12,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from notebooks.curves import log_ticks
+from notebooks.curves import FAILED, failed_marks, log_ticks, short_reason
 from notebooks.limits import MODES
-from notebooks.plots import FAINT, INK, MIB, Results, caption, needs, number, save, say
+from notebooks.plots import FAINT, MIB, SETTING, Results, caption, needs, number, save, say, usual
 
 METRICS = {"latency_p50_ms": ("latency, ms (median)", 1.0), "memory_peak_bytes": ("peak memory, MiB", MIB)}
 KV_STYLES = {
@@ -31,38 +30,75 @@ KV_STYLES = {
 @needs("topk")
 def topk_maps(results: Results) -> Figure:
     """Heat maps of latency and memory over topk and regions per side, a column of panels per mode."""
-    rows = results.sweep("topk")
+    rows = usual(results.sweep("topk"), SETTING)
     modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
     topks = sorted(rows["topk"].dropna().unique())
     width, height = 1 + (2.4 + 0.42 * len(topks)) * len(modes), 2.8 + 0.8 * rows["n_win"].nunique()
     fig, axes = plt.subplots(2, len(modes), figsize=(max(width, 6.5), height), squeeze=False, layout="constrained")
     for metric, row_of_axes in zip(METRICS, axes, strict=True):
         for mode, ax in zip(modes, row_of_axes, strict=True):
-            _heat_map(ax, rows[rows["mode"] == mode], metric, mode)
+            _heat_map(ax, rows[rows["mode"] == mode], metric, ("n_win", "topk"))
+            ax.set(title=_panel(metric, mode), xlabel="topk (routed regions per query region)", ylabel="n_win")
     _title(fig, rows, "topk and regions per side")
-    caption(fig, rows, "Darker is more, on a log scale of each panel. Empty: topk exceeds the regions there are.")
+    caption(
+        fig,
+        rows,
+        f"Darker is more, on a log scale of each panel. Empty: topk exceeds the regions there are.{_why(rows)}",
+    )
     return save(fig, "topk")
 
 
-def _heat_map(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
-    words, unit = METRICS[metric]
-    table = rows.pivot_table(index="n_win", columns="topk", values=metric, aggfunc="median", dropna=False)
-    table = table.loc[sorted(table.index, key=_regions)].astype(float) / unit
+@needs("kv_downsample")
+def kv_maps(results: Results) -> Figure:
+    """Heat maps of latency and memory over kv_downsample_mode and the keys that it leaves, a column per mode."""
+    rows = usual(results.sweep("kv_downsample"), SETTING)
+    rows = rows.assign(keys=rows["kv_tokens_per_query"].astype(float))
+    modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
+    height = 2.4 + 0.68 * rows["kv_downsample_mode"].nunique()
+    fig, axes = plt.subplots(2, len(modes), figsize=(1.5 + 4.5 * len(modes), height), squeeze=False,
+                             layout="constrained")  # fmt: skip
+    for metric, row_of_axes in zip(METRICS, axes, strict=True):
+        for mode, ax in zip(modes, row_of_axes, strict=True):
+            _heat_map(ax, rows[rows["mode"] == mode], metric, ("kv_downsample_mode", "keys"))
+            ax.set(title=_panel(metric, mode), xlabel="keys that a query attends to", ylabel="")
+    _title(fig, rows, "ways to reduce keys and values")
+    caption(fig, rows, f"Darker is more, on a log scale of each panel. Empty: the mode was not run so.{_why(rows)}")
+    return save(fig, "kv_downsample_map")
+
+
+def _why(rows: pd.DataFrame) -> str:
+    """For the caption: why cells failed; empty if none did."""
+    reasons = sorted({short_reason(row) for _, row in rows[rows["status"].isin(FAILED)].iterrows()})
+    return f" Red: failed ({'; '.join(reasons)})." if reasons else ""
+
+
+def _panel(metric: str, mode: str) -> str:
+    return f"{METRICS[metric][0]}: {MODES[mode]}"
+
+
+def _heat_map(ax: Axes, rows: pd.DataFrame, metric: str, over: tuple[str, str]) -> None:
+    """One metric over two columns, down and across; failed cells show their status."""
+    (down, across), unit = over, METRICS[metric][1]
+    table = rows.pivot_table(index=down, columns=across, values=metric, aggfunc="median", dropna=False)
+    table = table.loc[sorted(table.index, key=_order)].astype(float) / unit
+    table = table.loc[:, table.columns.notna()]
+    table.columns = [int(value) for value in table.columns]
     texts = table.map(lambda value: "" if pd.isna(value) else number(value))
     if table.notna().any(axis=None):
         sns.heatmap(table, ax=ax, norm=LogNorm(), cmap="YlGnBu", annot=texts, fmt="", linewidths=1,
                     annot_kws={"fontsize": 9}, cbar=False)  # fmt: skip
     ax.grid(False)
-    for row in rows[rows["status"] != "ok"].itertuples():
-        spot = table.columns.get_loc(row.topk) + 0.5, table.index.get_loc(row.n_win) + 0.5
-        ax.text(*spot, str(row.status), ha="center", va="center", fontsize=8, color="#B00020")
-    ax.set_title(f"{words}: {MODES[mode]}")
-    ax.set(xlabel="topk (routed regions per query region)", ylabel="n_win")
+    for row in rows[rows["status"] != "ok"].dropna(subset=[across]).to_dict("records"):
+        spot = table.columns.get_loc(int(row[across])) + 0.5, table.index.get_loc(row[down]) + 0.5
+        ax.text(*spot, str(row["status"]), ha="center", va="center", fontsize=8, color="#B00020")
     ax.tick_params(length=0, rotation=0)
 
 
-def _regions(n_win: str) -> tuple[bool, int]:
-    return (False, int(n_win)) if n_win.isdigit() else (True, 0)
+def _order(value: str) -> tuple[int, int]:
+    """Regions per side by number, auto last; kv_downsample modes as their styles stand."""
+    if value.isdigit():
+        return 0, int(value)
+    return 1, list(KV_STYLES).index(value) if value in KV_STYLES else len(KV_STYLES)
 
 
 def _title(fig: Figure, rows: pd.DataFrame, what: str) -> None:
@@ -73,7 +109,7 @@ def _title(fig: Figure, rows: pd.DataFrame, what: str) -> None:
 @needs("kv_downsample")
 def kv_curves(results: Results) -> Figure:
     """Latency and memory against the keys that a query attends to, a line per way to reduce them."""
-    rows = results.sweep("kv_downsample")
+    rows = usual(results.sweep("kv_downsample"), SETTING)
     modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
     fig, axes = plt.subplots(2, len(modes), figsize=(1.8 + 5.2 * len(modes), 7.6), squeeze=False, layout="constrained")
     for metric, row_of_axes in zip(METRICS, axes, strict=True):
@@ -89,7 +125,7 @@ def kv_curves(results: Results) -> Figure:
 
 def _kv_panel(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
     words, unit = METRICS[metric]
-    failed: list[tuple[float, str, str]] = []
+    failed: list[tuple[float, str, str, str]] = []
     for rank, (name, (colour, marker)) in enumerate(KV_STYLES.items()):
         part = rows[(rows["kv_downsample_mode"] == name)].sort_values("kv_tokens_per_query")
         keys, values = part["kv_tokens_per_query"].astype(float), part[metric].astype(float) / unit
@@ -102,18 +138,14 @@ def _kv_panel(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
             for x, row in zip(keys, part.itertuples(), strict=True):
                 if pd.notna(row.latency_low_ms) and pd.notna(row.latency_high_ms):
                     ax.plot([x, x], [row.latency_low_ms, row.latency_high_ms], color=colour, linewidth=1)
-        for x, status in zip(keys, part["status"], strict=True):
-            if status != "ok" and pd.notna(x):
-                failed.append((x, colour, f"{name}: {status}"))
-    for height, (x, colour, text) in zip(np.linspace(0.97, 0.5, max(8, len(failed))), failed, strict=False):
-        ax.plot(x, height, "X", color=colour, markeredgecolor=INK, markersize=9, transform=ax.get_xaxis_transform())
-        ax.annotate(text, (x, height), xycoords=ax.get_xaxis_transform(), xytext=(-9, 0), textcoords="offset points",
-                    ha="right", va="center", fontsize=9)  # fmt: skip
+        gone = part[part["status"].isin(FAILED)].dropna(subset=["kv_tokens_per_query"])
+        failed += [(row["kv_tokens_per_query"], colour, name, short_reason(row)) for _, row in gone.iterrows()]
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(sorted(rows["kv_tokens_per_query"].dropna().unique())))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_yscale("log")
+    failed_marks(ax, failed)
     log_ticks(ax.yaxis)
     ax.set(title=f"{words}: {MODES[mode]}", xlabel="keys that a query attends to", ylabel=words)
 
@@ -126,7 +158,7 @@ def findings(results: Results) -> list[str]:
 
 
 def _topk(results: Results, mode: str) -> Iterator[str]:
-    rows = results.sweep("topk").query("mode == @mode and status == 'ok'")
+    rows = usual(results.sweep("topk"), SETTING).query("mode == @mode and status == 'ok'")
     counts = rows.groupby("n_win")["topk"].nunique().sort_values(kind="stable")
     if counts.empty or counts.iloc[-1] < 2:
         return
@@ -142,7 +174,7 @@ def _topk(results: Results, mode: str) -> Iterator[str]:
 
 
 def _kv(results: Results, mode: str) -> Iterator[str]:
-    rows = results.sweep("kv_downsample").query("mode == @mode and status == 'ok'")
+    rows = usual(results.sweep("kv_downsample"), SETTING).query("mode == @mode and status == 'ok'")
     whole, reduced = rows[rows["kv_downsample_mode"] == "identity"], rows[rows["kv_downsample_mode"] != "identity"]
     if whole.empty or reduced.empty:
         return

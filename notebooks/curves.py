@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,17 +12,22 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from notebooks.limits import MODES, Line, cells, device_memory, lines, resolution
-from notebooks.plots import FAINT, INK, Results, caption, needs, save, say, size, style
+from notebooks.plots import FAINT, INK, Results, caption, needs, save, say, series, size, style, usual
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
+MOST_LINES = 24
+PREDICTED = Line2D([], [], color=FAINT, label="line: predicted")
+MEASURED = Line2D([], [], color=FAINT, marker="o", linestyle="", label="mark: measured")
+CROSS = Line2D([], [], color=FAINT, marker="X", markeredgecolor=INK, markersize=9, linestyle="", label="cross: failed")
 
 
 @needs("resolution")
 def figure(results: Results, mode: str) -> Figure | None:
     """Two panels for one mode: memory, predicted as lines and measured as marks, and latency with intervals."""
-    rows = resolution(results, mode)
+    rows = drawable(resolution(results, mode))
     if rows.empty:
         say(f"The `resolution` sweep has no {MODES[mode]} cells here; without `--smoke`, run_all.py makes them.")
         return None
@@ -30,16 +36,21 @@ def figure(results: Results, mode: str) -> Figure | None:
     for line, layer in zip(drawn, layers(drawn), strict=True):
         memory_line(left, line, layer)
     limit_line(left, *device_memory(results))
-    _latency_panel(right, drawn)
+    side_axis(right, tried(rows))
+    latency_panel(right, drawn, ("latency_low_ms", "latency_high_ms"))
     memory_axis(left, sorted(cells(rows).index), "peak memory of one step")
     right.set_ylabel("latency of one step, ms (median, 95 % interval)")
-    _side_axis(right, sorted(cells(rows[rows["status"] != "predicted"]).index) or sorted(cells(rows).index))
     left.set_title("Peak memory")
     right.set_title("Latency")
     fig.suptitle(f"One step of one attention layer, {MODES[mode]}", x=0.01, ha="left", weight="bold", fontsize=14)
-    legend(right, drawn)
+    legend(right, drawn, PREDICTED, MEASURED, CROSS)
     caption(fig, rows, labelled=True)
     return save(fig, f"resolution_{mode}")
+
+
+def drawable(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, or those of the most common setting only where there are too many lines for one panel."""
+    return rows if sum(1 for _ in series(rows)) <= MOST_LINES else usual(rows)
 
 
 def memory_line(ax: Axes, drawn: Line, layer: tuple[float, float, float]) -> None:
@@ -77,44 +88,67 @@ def limit_line(ax: Axes, limit: float, how: str) -> None:
                 va="top", fontsize=9, color=INK)  # fmt: skip
 
 
-def _latency_panel(ax: Axes, drawn: list[Line]) -> None:
+def tried(rows: pd.DataFrame) -> list[int]:
+    """The grids at which a step was run or refused, in tokens per side; all if none was."""
+    return sorted(cells(rows[rows["status"] != "predicted"]).index) or sorted(cells(rows).index)
+
+
+def latency_panel(ax: Axes, drawn: list[Line], ends: tuple[str, str]) -> None:
+    """Median latency against tokens per side, with bars between the two columns ``ends``, and what failed."""
     for (name, _, dash, line), (wide, big, order) in zip(drawn, layers(drawn), strict=True):
         timed, (colour, marker) = line.dropna(subset=["latency_p50_ms"]), style(name)
         middle = timed["latency_p50_ms"]
-        ends = [(middle - timed["latency_low_ms"]).fillna(0), (timed["latency_high_ms"] - middle).fillna(0)]
-        ax.errorbar(timed.index, middle, yerr=ends, linestyle=dash, color=colour, marker=marker, markersize=big,
+        bars = [(middle - timed[ends[0]]).fillna(0).clip(lower=0), (timed[ends[1]] - middle).fillna(0).clip(lower=0)]
+        ax.errorbar(timed.index, middle, yerr=bars, linestyle=dash, color=colour, marker=marker, markersize=big,
                     markeredgecolor="white", markeredgewidth=0.7, linewidth=wide, elinewidth=1.5, capsize=3,
                     zorder=order)  # fmt: skip
     ax.set_yscale("log")
-    _failures(ax, drawn)
+    failures(ax, drawn)
     log_ticks(ax.yaxis)
 
 
-def log_ticks(axis: Axis) -> None:
-    """Ticks in plain numbers; more of them where the axis spans few decades."""
+def log_ticks(axis: Axis, room: float = 3) -> None:
+    """Ticks in plain numbers; more of them where the axis spans fewer decades than there is room for."""
     low, high = sorted(axis.get_view_interval())
     decades = np.log10(high / low)
-    steps = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 1.2 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+    steps = (1.0,) if decades > room else (1.0, 2.0, 5.0) if decades > 1.2 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axis.set_major_locator(LogLocator(base=10, subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
 
-def _failures(ax: Axes, drawn: list[Line]) -> None:
+def failures(ax: Axes, drawn: list[Line]) -> None:
     """Failed cells have no latency: they are listed above the curves, at their grid."""
-    failed = [(int(side), name, label, row) for name, label, _, line in drawn
+    failed = [(float(side), style(name)[0], label, short_reason(row)) for name, label, _, line in drawn
               for side, row in line[line["status"].isin(FAILED)].iterrows()]  # fmt: skip
-    if not failed:
+    failed_marks(ax, failed)
+
+
+def failed_marks(ax: Axes, failed: list[tuple[float, str, str, str]]) -> None:
+    """Crosses above the curves of a log-log panel: each with its x, colour, name and reason; a row for those alike."""
+    rows: dict[tuple[float, str], list[tuple[str, str]]] = {}
+    for x, colour, name, reason in sorted(failed, key=lambda item: -item[0]):
+        rows.setdefault((x, reason), []).append((colour, name))
+    if not rows:
         return
     low, high = ax.get_ylim()
-    step = min(0.05, 0.5 / len(failed))
-    ax.set_ylim(low, high * (high / low) ** (step * len(failed) / (1 - step * len(failed))))
-    for rank, (side, name, label, row) in enumerate(sorted(failed, key=lambda item: -item[0])):
-        height = 1 - step * (rank + 0.5)
-        ax.plot(side, height, "X", color=style(name)[0], markersize=9, markeredgecolor=INK,
-                transform=ax.get_xaxis_transform(), clip_on=False)  # fmt: skip
-        ax.annotate(f"{label}: {short_reason(row)}", (side, height), xycoords=ax.get_xaxis_transform(), xytext=(-9, 0),
-                    textcoords="offset points", ha="right", va="center", fontsize=9)  # fmt: skip
+    step = min(0.06, 0.6 / len(rows))
+    ax.set_ylim(low, high * (high / low) ** (step * len(rows) / (1 - step * len(rows))))
+    middle = np.sqrt(np.prod(ax.get_xlim()))
+    for rank, ((x, reason), members) in enumerate(rows.items()):
+        text = f"{textwrap.shorten(', '.join(name for _, name in members), 34, placeholder=' ...')}: {reason}"
+        _crosses(ax, (x, 1 - step * (rank + 0.5)), [colour for colour, _ in members], text, x > middle)
+
+
+def _crosses(ax: Axes, place: tuple[float, float], colours: list[str], text: str, leftwards: bool) -> None:
+    """A cross of each colour side by side, and what they are."""
+    way, inches = -1 if leftwards else 1, ax.get_figure().dpi_scale_trans  # type: ignore[union-attr]
+    for number, colour in enumerate(colours):
+        moved = ScaledTranslation(way * number * 11 / 72, 0, inches)
+        ax.plot(*place, "X", color=colour, markersize=9, markeredgecolor=INK, clip_on=False,
+                transform=ax.get_xaxis_transform() + moved)  # fmt: skip
+    ax.annotate(text, place, xycoords=ax.get_xaxis_transform(), xytext=(way * (11 * len(colours) - 2), 0),
+                textcoords="offset points", ha="right" if leftwards else "left", va="center", fontsize=9)  # fmt: skip
 
 
 def short_reason(row: pd.Series) -> str:
@@ -122,10 +156,11 @@ def short_reason(row: pd.Series) -> str:
     reason = str(row["reason"]) if pd.notna(row["reason"]) else ""
     if needs_memory := re.search(r"needs ([\d.]+ GiB)", reason):
         return f"{row['status']}, needs {needs_memory[1]}"
-    return f"{row['status']}, {textwrap.shorten(reason, 32, placeholder=' ...')}".rstrip(", ")
+    return f"{row['status']}, {textwrap.shorten(reason, 24, placeholder=' ...')}".rstrip(", ")
 
 
-def _side_axis(ax: Axes, sides: list[int]) -> None:
+def side_axis(ax: Axes, sides: list[int]) -> None:
+    """Tokens per side of square grids, logarithmic, with a tick at each grid there is."""
     ax.set_xscale("log", base=2)
     ax.set_xlim(sides[0] / 1.25, sides[-1] * 1.25)
     ax.xaxis.set_major_locator(FixedLocator([float(side) for side in sides]))
@@ -136,7 +171,7 @@ def _side_axis(ax: Axes, sides: list[int]) -> None:
 
 def memory_axis(ax: Axes, sides: list[int], ylabel: str) -> None:
     """Tokens per side against memory in binary units, both logarithmic."""
-    _side_axis(ax, sides)
+    side_axis(ax, sides)
     ax.set_ylabel(ylabel)
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_locator(LogLocator(base=16))
@@ -144,18 +179,15 @@ def memory_axis(ax: Axes, sides: list[int], ylabel: str) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def legend(ax: Axes, drawn: list[Line]) -> None:
-    """Right of the panel, in the order of the curves, then what line, mark and cross stand for."""
-    handles = [
-        ax.plot([], [], dash, color=style(name)[0], marker=style(name)[1], markeredgecolor="white", label=label)[0]
-        for name, label, dash, _ in drawn
-    ]
-    handles += [
-        Line2D([], [], linestyle="", label=" "),
-        Line2D([], [], color=FAINT, label="line: predicted"),
-        Line2D([], [], color=FAINT, marker="o", linestyle="", label="mark: measured"),
-        Line2D([], [], color=FAINT, marker="X", markeredgecolor=INK, markersize=9, linestyle="", label="cross: failed"),
-    ]
+def legend(ax: Axes, drawn: list[Line], *notes: Line2D) -> None:
+    """Right of the panel, in the order of the curves, then ``notes``: what other lines and marks stand for."""
+    handles = [_handle(name, label, dash) for name, label, dash, _ in drawn]
+    handles += [Line2D([], [], linestyle="", label=" "), *notes] if notes and handles else notes
     many = len(handles) > 16
     ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9 if many else 10,
-              labelspacing=0.3 if many else 0.6)  # fmt: skip
+              labelspacing=0.3 if many else 0.6, ncols=1 + len(handles) // 26)  # fmt: skip
+
+
+def _handle(name: str, label: str, dash: Any) -> Line2D:
+    colour, marker = style(name)
+    return Line2D([], [], linestyle=dash, color=colour, marker=marker, markeredgecolor="white", label=label)

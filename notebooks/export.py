@@ -5,32 +5,41 @@ from typing import Any
 
 import pandas as pd
 
-from notebooks.plots import ROOT, number, say
+from notebooks.plots import ROOT, keeping, number, say
 
 
 def publish(frame: pd.DataFrame, name: str, note: str) -> None:
     """Show a table of texts and write it to results/tables as Markdown and as LaTeX (booktabs)."""
-    folder = ROOT / os.environ.get("ATTENTION_TABLES", "results/tables")
-    folder.mkdir(parents=True, exist_ok=True)
     text = markdown(frame) + f"\n{note}\n"
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    (folder / f"{name}.tex").write_text(latex(frame, note), encoding="utf-8")
+    if not keeping():
+        folder = ROOT / os.environ.get("ATTENTION_TABLES", "results/tables")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        (folder / f"{name}.tex").write_text(latex(frame, note), encoding="utf-8")
     say(text)
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """The frame as a Markdown table, the first column left and the others right."""
-    lines = [list(frame.columns), ["---"] + ["---:"] * (frame.shape[1] - 1), *frame.astype(str).to_numpy().tolist()]
+    """The frame as a Markdown table, numbers to the right and words to the left."""
+    rule = ["---:" if right else "---" for right in _numbers(frame)]
+    lines = [list(frame.columns), rule, *frame.astype(str).to_numpy().tolist()]
     return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+
+
+def _numbers(frame: pd.DataFrame) -> list[bool]:
+    """For each column, whether most of what is in it is made of digits: numbers, intervals, sizes such as 7 x 7."""
+    texts = [column.astype(str)[column.astype(str).str.strip() != ""] for _, column in frame.items()]
+    return [len(text) > 0 and bool(text.str.fullmatch(r"[\d\s.,:%+/x()\[\]-]+").mean() > 0.5) for text in texts]
 
 
 def latex(frame: pd.DataFrame, note: str) -> str:
     """The frame as a booktabs tabular with its note as caption."""
     body = "\n".join(" & ".join(map(_escape, line)) + r" \\" for line in frame.astype(str).to_numpy().tolist())
     head = " & ".join(map(_escape, frame.columns))
+    sides = "".join("r" if right else "l" for right in _numbers(frame))
     return (
         "% needs \\usepackage{booktabs}\n\\begin{table}\n\\centering\n\\caption{" + _escape(note) + "}\n"
-        "\\begin{tabular}{l" + "r" * (frame.shape[1] - 1) + "}\n\\toprule\n" + head + " \\\\\n\\midrule\n" + body
+        f"\\begin{{tabular}}{{{sides}}}\n\\toprule\n" + head + " \\\\\n\\midrule\n" + body
         + "\n\\bottomrule\n\\end{tabular}\n\\end{table}\n"
     )  # fmt: skip
 

@@ -1,71 +1,162 @@
-"""With which power of the number of tokens the cost of each attention grows."""
+"""With which power of the number of tokens each attention's cost grows, where that parts from theory, and why."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
+from notebooks.exponents import ATTENTION, LEAST_GRIDS, Fit, fit, fits, growths
 from notebooks.export import publish
-from notebooks.plots import Results, needs, say, series
+from notebooks.plots import Results, needs, number, say
 
-
-def exponent(tokens: pd.Series, cost: pd.Series) -> float | None:
-    """Slope of log cost over log tokens by least squares, in the upper half of the grids; None if it cannot be had."""
-    known = pd.DataFrame({"tokens": tokens.astype(float), "cost": cost.astype(float)}).dropna().query("cost > 0")
-    known = known[known["tokens"] >= known["tokens"].median()]
-    if known["tokens"].nunique() < 2:
-        return None
-    return float(np.polyfit(np.log(known["tokens"]), np.log(known["cost"]), 1)[0])
-
-
-def exponents(results: Results) -> pd.DataFrame:
-    """Fitted exponents by attention, from the complexity sweep."""
-    found = {}
-    for _, label, _, part in series(results.sweep("complexity")):
-        forward, both = (part[part["mode"] == mode] for mode in ("forward", "forward_backward"))
-        found[label] = {
-            "theory": part["exponent_theory"].iloc[0],
-            "MACs of attention and routing": _fit(forward, forward["macs_attention"] + forward["macs_routing"]),
-            "all MACs": _fit(forward, forward["macs_counted"]),
-            "memory, forward": _fit(forward, forward["memory_predicted_bytes"]),
-            "memory, forward and backward": _fit(both, both["memory_predicted_bytes"]),
-        }
-    return pd.DataFrame.from_dict(found, orient="index").astype(float)
-
-
-def _fit(rows: pd.DataFrame, cost: pd.Series) -> float | None:
-    return exponent(rows["height"] * rows["width"], cost)
+APART = 0.03
+"""Exponents that differ by less are not spoken of."""
+Rows = dict[str, pd.DataFrame]
+Fits = dict[str, dict[str, Fit | None]]
 
 
 @needs("complexity")
 def table(results: Results) -> None:
     """Table of the exponents."""
+    lines, timed = [], False
+    for label, rows in growths(results).items():
+        theory = rows["exponent_theory"].iloc[0]
+        line = {"attention": label, "theory": "" if pd.isna(theory) else f"{theory:.2f}"}
+        lines.append(line | {what: "" if found is None else str(found) for what, found in fits(rows).items()})
+        timed |= bool(rows["latency_p50_ms"].notna().any())
     sides = sorted(results.sweep("complexity")["height"].unique())
-    texts = exponents(results).map(lambda value: "" if pd.isna(value) else f"{value:.2f}")
+    device = results.sweep("complexity")["device_name"].iloc[0]
     note = (
-        f"Exponent of HW, fitted by least squares in log-log over the upper half of {len(sides)} grids from {sides[0]} "
-        f"to {sides[-1]} tokens per side. Counted and predicted, nothing here was measured. Theory: of the MACs of "
-        "attention and routing; projections and local convolutions, which are linear in HW, come on top."
+        f"Exponent of HW ± half its 95 % interval, fitted by least squares in log-log over the upper half, and at "
+        f"least {LEAST_GRIDS}, of the grids that a cost is known at: MACs and memory at {len(sides)} grids from "
+        f"{sides[0]} to {sides[-1]} tokens per side, counted and predicted; latency at those measured on "
+        f"{device}{'' if timed else ' (none)'}. Counts and predictions have no noise: their interval tells how far "
+        "they depart from a pure power of HW. Theory: of the MACs of attention and routing; projections and local "
+        "convolutions, which are linear in HW, come on top."
     )
-    publish(texts.rename_axis("attention").reset_index(), "growth", note)
+    publish(pd.DataFrame(lines).fillna(""), "growth", note)
 
 
 def findings(results: Results) -> list[str]:
-    """Sentences computed from the rows of the complexity sweep; none without rows."""
+    """Sentences computed from the rows of the complexity sweep, and latencies; none without rows."""
     if results.sweep("complexity").empty:
         return []
-    fitted = exponents(results)
-    off = (fitted["MACs of attention and routing"] - fitted["theory"]).abs().dropna()
-    found = []
-    if len(off):
-        found.append(
-            f"The fitted exponents of the MACs of attention and routing differ from theory by at most {off.max():.2f} "
-            f"({off.idxmax()}), over {len(off)} attentions."
-        )
-    grows = fitted["memory, forward and backward"] - fitted["memory, forward"]
-    if grows.notna().any() and grows.max() > 0.1:
-        worst, gap = grows.idxmax(), fitted.loc[grows.idxmax()]
-        found.append(
-            f"Training costs {worst} the most beyond its forward pass: its memory grows with HW to the power "
-            f"{gap['memory, forward and backward']:.2f} instead of {gap['memory, forward']:.2f}."
-        )
+    rows = growths(results)
+    fitted = {label: fits(part) for label, part in rows.items()}
+    found = [
+        *_attention(rows, fitted), *_linear_parts(rows, fitted), *_memory(rows, fitted), *_training(rows, fitted),
+        *_latency(rows, fitted),
+    ]  # fmt: skip
     say(*found)
     return found
+
+
+def _attention(rows: Rows, fitted: Fits) -> Iterator[str]:
+    theory = {label: part["exponent_theory"].iloc[0] for label, part in rows.items()}
+    off = {label: abs(f.exponent - theory[label]) for label, of in fitted.items() if (f := of[ATTENTION])}
+    off = {label: gap for label, gap in off.items() if not np.isnan(gap)}
+    if off:
+        worst = max(off, key=lambda label: off[label])
+        yield (
+            f"The fitted exponents of the MACs of attention and routing differ from theory by at most {off[worst]:.2f} "
+            f"({worst}), over {len(off)} attentions."
+        )
+
+
+def _linear_parts(rows: Rows, fitted: Fits) -> Iterator[str]:
+    said = []
+    for label, of in fitted.items():
+        part, whole = of[ATTENTION], of["all MACs"]
+        if part and whole and part.exponent - whole.exponent > APART:
+            counted = _at(rows[label], "forward", ("macs_projection", "macs_local_conv", "macs_counted"))
+            linear = (counted["macs_projection"] + counted["macs_local_conv"]) / counted["macs_counted"]
+            first, last = (linear.loc[side] for side in (whole.tokens[0], whole.tokens[-1]))
+            said.append(f"{label} {whole.exponent:.2f} instead of {part.exponent:.2f} (from {first:.0%} to {last:.0%})")
+            span = _span(whole)
+    if said:
+        yield (
+            f"All MACs grow more slowly than those of attention and routing where linear maps and convolutions still "
+            f"count, in brackets with their share {span}: {', '.join(said)}."
+        )
+
+
+def _memory(rows: Rows, fitted: Fits) -> Iterator[str]:
+    """Memory as a sum of a part linear in HW and one that grows as theory says of the attention."""
+    below = {}
+    for label, of in fitted.items():
+        theory, found = rows[label]["exponent_theory"].iloc[0], of["memory, forward"]
+        if found and theory - found.exponent > APART:
+            below[label] = theory - found.exponent
+    for label in sorted(below, key=lambda name: -below[name])[:1]:
+        theory, found = rows[label]["exponent_theory"].iloc[0], fitted[label]["memory, forward"]
+        assert found is not None
+        memory = _at(rows[label], "forward", ("memory_predicted_bytes",))["memory_predicted_bytes"]
+        memory = memory.loc[list(found.tokens)]
+        tokens = memory.index.to_numpy()
+        # Relative to the memory itself, so that each grid counts the same.
+        parts = np.stack([tokens, tokens**theory], axis=1) / memory.to_numpy()[:, None]
+        factors, *_ = np.linalg.lstsq(parts, np.ones(len(tokens)), rcond=None)
+        share, error = (factors[0] * parts[:, 0]).clip(0, 1), abs(parts @ factors - 1).max()
+        yield (
+            f"Forward memory stays furthest below the theory of its MACs with {label}, {found.exponent:.2f} instead of "
+            f"{theory:.2f}: what is linear in HW is {share[0]:.0%} to {share[-1]:.0%} of it {_span(found)}, "
+            f"by a fit of a linear part and one of the power {theory:.2f} that is off by at most {error:.1%}."
+        )
+
+
+def _training(rows: Rows, fitted: Fits) -> Iterator[str]:
+    gaps = {}
+    for label, of in fitted.items():
+        forward, both = of["memory, forward"], of["memory, forward and backward"]
+        if forward and both and both.exponent - forward.exponent > APART:
+            gaps[label] = both.exponent - forward.exponent, forward, both
+    if not gaps:
+        return
+    worst = max(gaps, key=lambda label: gaps[label][0])
+    _, forward, both = gaps[worst]
+    sentence = (
+        f"Training costs {worst} the most beyond its forward pass: its memory grows with HW to the power "
+        f"{both.exponent:.2f} instead of {forward.exponent:.2f}."
+    )
+    part = rows[worst]
+    regions = fit(part["height"] * part["width"], part["regions_per_side"].astype("Float64") ** 2)
+    if regions:
+        sentence += (
+            f" Its regions multiply with the power {regions.exponent:.2f}, and the gradient of the gathered keys and "
+            f"values, as published, is as large as regions times tokens: {regions.exponent + 1:.2f}."
+        )
+    yield sentence
+
+
+def _latency(rows: Rows, fitted: Fits) -> Iterator[str]:
+    gaps = {}
+    for label, of in fitted.items():
+        if time := of["latency, forward"]:
+            timed = rows[label].query("mode == 'forward' and status == 'ok'")
+            macs = timed["macs_counted"].astype(float).groupby(timed["height"] * timed["width"]).first()
+            macs = macs.loc[macs.index.isin(time.tokens)]
+            if counted := fit(pd.Series(macs.index, macs.index), macs):
+                ms = timed.groupby(timed["height"] * timed["width"])["latency_p50_ms"].median()
+                rate = macs / ms.loc[macs.index] / 1e6
+                gaps[label] = time.exponent - counted.exponent, time, counted, rate
+    if gaps:
+        slower = [label for label, (gap, *_) in gaps.items() if gap < -APART]
+        worst = max(gaps, key=lambda label: abs(gaps[label][0]))
+        _, time, counted, rate = gaps[worst]
+        yield (
+            f"Forward latency grows more slowly than the MACs at the same grids with {len(slower)} of {len(gaps)} "
+            f"attentions. Furthest apart is {worst}, {time} instead of {counted.exponent:.2f}: it does "
+            f"{number(rate.iloc[0])} to {number(rate.iloc[-1])} G MACs per second {_span(time)}."
+        )
+
+
+def _at(rows: pd.DataFrame, mode: str, columns: tuple[str, ...]) -> pd.DataFrame:
+    """Columns of the complexity sweep by number of tokens; 0 where a cost has no such part."""
+    chosen = rows[(rows["mode"] == mode) & (rows["sweep"] == "complexity")]
+    tokens = (chosen["height"] * chosen["width"]).astype(float)
+    return chosen[list(columns)].astype(float).fillna(0.0).groupby(tokens).first()
+
+
+def _span(found: Fit) -> str:
+    first, last = (round(float(np.sqrt(tokens))) for tokens in (found.tokens[0], found.tokens[-1]))
+    return f"from {first} to {last} tokens per side"

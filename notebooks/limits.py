@@ -62,11 +62,13 @@ def device_memory(results: Results) -> tuple[float, str]:
 def cells(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per grid, by tokens per side; replicates and seeds become the median and the widest interval."""
     side = np.sqrt(rows["height"].astype(float) * rows["width"].astype(float)).round().astype(int).rename("side")
-    merged = {"memory_predicted_bytes": "max", "memory_peak_bytes": "max", "latency_p50_ms": "median",
-              "latency_low_ms": "min", "latency_high_ms": "max", "status": "first", "reason": "first"}  # fmt: skip
+    numbers = {"memory_predicted_bytes": "max", "memory_peak_bytes": "max", "macs_counted": "first",
+               "latency_p50_ms": "median", "latency_p25_ms": "min", "latency_p75_ms": "max",
+               "latency_low_ms": "min", "latency_high_ms": "max"}  # fmt: skip
     # A grid that was measured once counts as measured, so ok goes first.
     ranked = rows.assign(rank=(rows["status"] != "ok")).sort_values("rank", kind="stable")
-    return ranked.groupby(side.loc[ranked.index]).agg(merged).astype({name: float for name in list(merged)[:5]})
+    merged = ranked.groupby(side.loc[ranked.index]).agg(numbers | {"status": "first", "reason": "first"})
+    return merged.astype({name: float for name in numbers})
 
 
 def lines(rows: pd.DataFrame) -> Iterator[Line]:

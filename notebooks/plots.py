@@ -4,10 +4,12 @@ Environment variables, all optional; relative paths are taken from the repositor
 the folder of results, and ATTENTION_DEVICE, one of its folders. Output: ATTENTION_FIGURES and ATTENTION_TABLES.
 """
 
+import contextlib
 import functools
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import seaborn as sns
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
+from profiling.replicates import fastest
 from profiling.rows import SchemaError
 from profiling.rows import load as load_rows
 
@@ -39,7 +42,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "dilated": ("#999933", "h"),
     "block_grid": ("#44AA99", "d"),
     "spatially_separable": ("#332288", "8"),
-    "pooled": ("#CC6677", "*"),
+    "pooled": ("#CC6677", "D"),
     "neighborhood": ("#56B4E9", "H"),
     "deformable": ("#661100", "o"),
     "quadtree": ("#6699CC", "s"),
@@ -47,11 +50,17 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 OTHERS = [(colour, marker) for colour in ("#A6761D", "#7570B3", "#E7298A", "#5A5A5A") for marker in "D<>pHd8"]
 DASHES = ("-", "--", ":", "-.")
-VARIANTS = ("impl_requested", "compiled", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win", "topk")
+VARIANTS = ("impl_requested", "compiled", "cuda_graph", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win",
+            "topk")  # fmt: skip
 """Columns that make lines of their own of one attention's rows, if they differ."""
+SETTING = [column for column in VARIANTS if column not in ("n_win", "topk")]
+"""Those of them that are no options of BRA."""
+SHAPE = ("dtype", "batch", "dim", "num_heads", "deterministic")
+"""Those of them that say what is computed, and not by which code."""
 SHARED = {"impl_requested": "impl", "dtype": "", "batch": "batch", "dim": "dim", "n_win": "n_win", "topk": "topk",
           "window_size": "window_size", "torch": "PyTorch"}  # fmt: skip
 """What a caption states if all rows share it, and in which words."""
+_KEPT: ContextVar[list[str | Figure] | None] = ContextVar("_KEPT", default=None)
 
 sns.set_theme(style="ticks", context="notebook")
 plt.rcParams.update(
@@ -69,7 +78,7 @@ class Results:
     """The rows of one device.
 
     Attributes:
-        rows: of all its sweeps.
+        rows: of all its sweeps, one per case.
         missing: sweeps that a figure wanted and that have no rows.
     """
 
@@ -102,7 +111,7 @@ def load() -> Results:
     others = [folder for folder in tables if folder != chosen]
     rest = f" Also there: {', '.join(others)}; `ATTENTION_DEVICE` chooses." if others else ""
     say(f"Device: **{' and '.join(tables[chosen]['device_name'].unique())}**, folder `{chosen}`.{rest}")
-    return Results(tables[chosen])
+    return Results(fastest(tables[chosen]))
 
 
 def _preferred(tables: dict[str, pd.DataFrame]) -> str:
@@ -120,9 +129,7 @@ def needs(sweep: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 return draw(results, *arguments, **options)
             if sweep not in results.missing:
                 results.missing.add(sweep)
-                say(
-                    f"No rows of the `{sweep}` sweep: run `python run_all.py --only {sweep}`, then this notebook again."
-                )
+                say(f"No rows of the `{sweep}` sweep: `python run_all.py --only {sweep}` makes them.")
             return None
 
         return drawn
@@ -130,11 +137,31 @@ def needs(sweep: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
+@contextlib.contextmanager
+def kept() -> Iterator[list[str | Figure]]:
+    """Within it, what would be shown or written to ``results/`` is kept in this list instead, for a page of it."""
+    shown: list[str | Figure] = []
+    token = _KEPT.set(shown)
+    try:
+        yield shown
+    finally:
+        _KEPT.reset(token)
+
+
+def keeping() -> bool:
+    """Whether this is within :func:`kept`, so that nothing is to be written."""
+    return _KEPT.get() is not None
+
+
 def say(*paragraphs: str) -> None:
     """Show Markdown; several paragraphs become a list."""
     if paragraphs:
         text = "\n".join(f"- {text}" for text in paragraphs) if len(paragraphs) > 1 else paragraphs[0]
-        display(Markdown(text))
+        shown = _KEPT.get()
+        if shown is None:
+            display(Markdown(text))
+        else:
+            shown.append(text)
 
 
 def style(name: str) -> tuple[str, str]:
@@ -157,9 +184,19 @@ def series(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
             yield str(name), f"{name} ({', '.join(words)})" if words else str(name), DASHES[number % len(DASHES)], part
 
 
+def usual(rows: pd.DataFrame, among: Iterable[str] = SHAPE) -> pd.DataFrame:
+    """The rows with the most common value of each of these columns, the first if several are: what can be compared."""
+    for column in among:
+        if rows[column].nunique() > 1:
+            counts = rows[column].value_counts(sort=False)
+            rows = rows[rows[column] == counts.idxmax()]
+    return rows
+
+
 def _word(column: str, value: Any) -> str:
-    if column in ("compiled", "deterministic"):
-        return column if value else f"not {column}"
+    if column in ("compiled", "cuda_graph", "deterministic"):
+        words = column.replace("_", " ")
+        return words if value else f"not {words}"
     return str(value) if column in ("impl_requested", "dtype") else f"{column} {value}"
 
 
@@ -185,11 +222,15 @@ def caption(fig: Figure, rows: pd.DataFrame, note: str = "", labelled: bool = Fa
         values = rows[column].dropna()
         if values.nunique() == 1 or (labelled and column in VARIANTS and len(values)):
             parts.append(f"{label} {values.mode().iloc[0]}".strip() + " unless labelled" * (values.nunique() > 1))
-    fig.supxlabel("; ".join(parts) + f".\n{note}".rstrip("\n"), x=0.01, ha="left", fontsize=8, color=FAINT)
+    fig.supxlabel("; ".join(parts) + f".\n{note}".rstrip("\n"), x=0.01, ha="left", fontsize=9, color=FAINT)
 
 
 def save(fig: Figure, name: str) -> Figure:
     """Write the figure to results/figures; returned, so that a notebook shows it."""
+    if (shown := _KEPT.get()) is not None:
+        shown.append(fig)
+        plt.close(fig)
+        return fig
     folder = ROOT / os.environ.get("ATTENTION_FIGURES", "results/figures")
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight", pad_inches=0.12, facecolor="white")

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from notebooks.curves import layers, legend, limit_line, memory_axis, memory_line
+from notebooks.curves import CROSS, MEASURED, PREDICTED, drawable, layers, legend, limit_line, memory_axis, memory_line
 from notebooks.limits import Line, cells, crossing, device_memory, lines, resolution
 from notebooks.plots import Results, caption, needs, save, size, style
 
@@ -17,7 +17,7 @@ def figure(results: Results) -> Figure:
     """Memory of one attention layer's training step against the grid, and who runs out where."""
     mode = "forward_backward" if len(resolution(results, "forward_backward")) else "forward"
     step = "layer's training step" if mode == "forward_backward" else "layer's forward pass"
-    rows, (memory, how) = resolution(results, mode), device_memory(results)
+    rows, (memory, how) = drawable(resolution(results, mode)), device_memory(results)
     fig, ax = plt.subplots(figsize=(9, 5.4), layout="constrained")
     drawn = list(lines(rows))
     for line, layer in zip(drawn, layers(drawn), strict=True):
@@ -27,7 +27,7 @@ def figure(results: Results) -> Figure:
     _mark_crossings(ax, drawn, memory)
     text = "\n".join(textwrap.wrap(_headline(rows, drawn, memory, step).replace(" x ", "\u00a0x\u00a0"), 86))
     fig.suptitle(text, x=0.01, ha="left", weight="bold", fontsize=13)
-    legend(ax, drawn)
+    legend(ax, drawn, PREDICTED, MEASURED, CROSS)
     caption(fig, rows, labelled=True)
     return save(fig, "readme")
 

@@ -13,17 +13,18 @@ from rich.console import Console
 from attention_zoo import MODELS, InvalidOption, load_plugin, names, options
 from attention_zoo.options import Option
 from profiling import environment, isolation, page
-from profiling.arguments import Parser, run_reporting
+from profiling.arguments import Parser, integer, run_reporting
 from profiling.case import CHOICES, Case, available_impls
-from profiling.cell import Job, profile_operators, theory
+from profiling.cell import Job, breakdown, theory
 from profiling.cell import measure as measure_cell
+from profiling.rows import agree
 
 EXAMPLES = """examples:
-  python -m profiling --attention bra --height 56 --width 56 --dim 64 --num-heads 2 --n-win 7 --topk 4
-  python -m profiling --attention bra --kv-downsample-mode avgpool --kv-downsample-ratio 2 --mode forward_backward
+  python -m profiling --attention bra --height 56 --width 56 --n-win 7 --topk 4
+  python -m profiling --kv-downsample-mode avgpool --mode forward_backward
   python -m profiling --attention window --window-size 8 --impl sdpa --json
-  python -m profiling --model biformer_small --height 224 --width 224 --trace traces/small
-  python -m profiling --attention bra --help          the options of one attention
+  python -m profiling --model biformer_small --trace traces/small
+  python -m profiling --attention bra --help       the options of one attention
 """
 INVALID = f"{InvalidOption.__name__}: "
 """How the reason of a cell begins that was refused for its options."""
@@ -42,17 +43,22 @@ def _run(arguments: list[str]) -> int:
         raise InvalidOption(f"--device {case.device}: {reason}; valid here: cpu")
     if given.trace and not _writable(Path(given.trace)):
         raise InvalidOption(f"--trace {given.trace}: no permission to write there")
-    row, operators = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
+    with Console(stderr=True).status("measuring, in processes of its own"):
+        row, parts = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
     if given.json:
-        print(json.dumps(row | {"heaviest_operators": operators}, indent=2))
+        print(json.dumps(row | parts, indent=2))
     else:
-        page.show(case, row, operators, Console())
+        page.show(case, row, parts, Console())
         if given.trace and row["status"] == "ok":
-            print(f"Trace in {given.trace}: make tensorboard DIR={given.trace}, or open it in https://ui.perfetto.dev")
+            print(f"Trace in {given.trace}, for https://ui.perfetto.dev or\nmake tensorboard DIR={given.trace}")
+            if case.device == "cuda":
+                print("Memory snapshot beside it, for https://docs.pytorch.org/memory_viz")
     return 0 if row["status"] == "ok" else 1
 
 
-def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _measure(
+    case: Case, plugins: tuple[str, ...], trace: str | None
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     isolation.start()
     job = Job(case, plugins)
     outcome = isolation.call(theory, job)
@@ -65,12 +71,13 @@ def _measure(case: Case, plugins: tuple[str, ...], trace: str | None) -> tuple[d
     if outcome.status == "ok":
         outcome = isolation.call(measure_cell, job)
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
+        row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row.get("macs_fvcore"))
     if row["status"] != "ok":
-        return row, []
-    profiled = isolation.call(profile_operators, job, trace and str(Path(trace).resolve()))
+        return row, {"stages": [], "heaviest_operators": []}
+    profiled = isolation.call(breakdown, job, trace and str(Path(trace).resolve()))
     if trace and profiled.status != "ok":
         raise OSError(f"--trace {trace}: {profiled.reason}")
-    return row, profiled.value or []
+    return row, profiled.value or {}
 
 
 def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
@@ -84,7 +91,7 @@ def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
         raise InvalidOption(f"unknown model {chosen.model!r}; valid: {', '.join(MODELS)}")
     parser = Parser(
         prog="python -m profiling", epilog=EXAMPLES,
-        description="Cost, memory, latency and heaviest operators of one attention or model, at one size.",
+        description="Cost, memory, latency, stages and heaviest operators of one attention or\nmodel, at one size.",
     )  # fmt: skip
     _add_choice(parser)
     _add_common(parser, chosen)
@@ -107,14 +114,15 @@ def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
         ("dim", 64, "channels"), ("num-heads", 2, "heads"), ("batch", 1, "images per step"),
     ):  # fmt: skip
         text += f" (default: {default})"
-        parser.add_argument(f"--{name}", type=_integer, default=default, metavar="N", help=text)
+        parser.add_argument(f"--{name}", type=integer, default=default, metavar="N", help=text)
     impls = ("reference", "sdpa") if chosen.model else available_impls(_name(chosen))
     parser.add_argument("--impl", choices=("auto", *impls), default="auto", help="which code runs it")
     for name in ("mode", "dtype", "device"):
         parser.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0] if name != "dtype" else "fp32")
     parser.add_argument("--compiled", action="store_true", help="under torch.compile")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay the step from a recorded CUDA graph")
     parser.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
-    parser.add_argument("--seed", type=_integer, default=0, metavar="N")
+    parser.add_argument("--seed", type=integer, default=0, metavar="N")
     parser.add_argument("--trace", metavar="DIR", help="write a trace for TensorBoard and Perfetto")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
 
@@ -162,15 +170,8 @@ def _case(given: argparse.Namespace, chosen: dict[str, Any]) -> Case:
         given.model or _name(given), given.height, given.width,
         None if given.model else given.dim, None if given.model else given.num_heads,
         tuple(sorted(chosen.items())), kind, given.impl, given.mode, given.dtype, given.device,
-        given.batch, given.compiled, given.deterministic, given.seed,
+        given.batch, given.compiled, given.cuda_graph, given.deterministic, given.seed,
     )  # fmt: skip
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
 
 
 def _writable(folder: Path) -> bool:

@@ -5,16 +5,20 @@ number has to be chosen per dtype, per size or per attention.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from attention_zoo import Unsupported
 from profiling.case import Case
 from profiling.workload import Workload
 
 ROOM = 4.0
 """How many times the reference's own error an implementation may have: it sums in another order."""
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""The least that the reference's own error counts as: by luck, or by summing pairwise, it can be smaller."""
 LARGEST_TOKENS = 64 * 64
 """A larger grid is checked at a smaller size of the same shape: the fp64 reference would not fit."""
 
@@ -34,26 +38,40 @@ class Agreement:
 
 
 def check(case: Case) -> Agreement | None:
-    """Compare the case's implementation with the fp64 reference; None if it is the reference, not compiled.
+    """Compare the case's implementation with the fp64 reference; None if it is the reference, run as it is.
 
-    Both modes check the gradients too: a wrong backward must not hide behind a fast forward.
+    Both modes check the gradients too: a wrong backward must not hide behind a fast forward. Only where there is
+    no backward at all is a forward step checked alone.
     """
-    if case.impl == "reference" and not case.compiled:
+    as_it_is = not (case.compiled or case.cuda_graph)
+    if case.impl == "reference" and as_it_is:
         return None
     height, width = _small_grid(case)
     small = replace(case, mode="forward_backward", height=height, width=width)
     fast = small.workload(case.device)
-    if small.implementation(fast) == "reference" and not case.compiled:
+    try:
+        impl = small.implementation(fast)
+    except Unsupported:
+        if case.mode != "forward":
+            raise
+        small = replace(small, mode="forward")
+        fast = small.workload(case.device)
+        impl = small.implementation(fast)
+    if impl == "reference" and as_it_is:
         return None
+    return _compare(small, fast)
+
+
+def _compare(case: Case, fast: Workload) -> Agreement:
     if case.compiled:
         fast.compile()
-    wanted = _results(_reference(small, fast, "fp64"))
-    allowed = _results(_reference(small, fast, small.dtype))
-    found = _results(fast)
+    wanted = _results(_reference(case, fast, "fp64"))
+    allowed = _results(_reference(case, fast, case.dtype))
+    found = _results(fast, case.cuda_graph)
     worst = Agreement(0.0, 1.0, "")
     for name, exact in wanted.items():
         error, own = _distance(found.get(name), exact), _distance(allowed[name], exact)
-        tolerance = ROOM * max(own, torch.finfo(torch.float32).eps)
+        tolerance = ROOM * max(own, ROUNDING)
         if error == math.inf:
             return Agreement(error, tolerance, name)
         if error / tolerance > worst.error / worst.tolerance:
@@ -73,17 +91,17 @@ def _small_grid(case: Case) -> tuple[int, int]:
 
 def _reference(case: Case, fast: Workload, dtype: str) -> Workload:
     """The reference with the fast workload's weights, input and output gradient."""
-    precise = replace(case, impl="reference", dtype=dtype, compiled=False).workload(case.device)  # type: ignore[arg-type]
+    precise = replace(case, impl="reference", dtype=dtype, compiled=False, cuda_graph=False).workload(case.device)  # type: ignore[arg-type]
     precise.module.load_state_dict(fast.module.state_dict())
-    x, grad = (t.detach().to(precise.x.dtype) for t in (fast.x, fast.grad) if t is not None)
+    x, grad = fast.x.detach().to(precise.x.dtype), None if fast.grad is None else fast.grad.to(precise.x.dtype)
     return Workload(
         precise.module, x, precise.mode, precise.dtype, case.deterministic, grad, input_gradient=case.kind != "model"
     )
 
 
-def _results(work: Workload) -> dict[str, Tensor]:
+def _results(work: Workload, cuda_graph: bool = False) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    with work.settings():
+    with work.settings(), work.replayed() if cuda_graph else nullcontext():
         out = work.step()
     results = {"output": out.detach(), "gradient of the input": work.x.grad}
     results |= {f"gradient of {name}": p.grad for name, p in work.module.named_parameters()}

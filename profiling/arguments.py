@@ -29,6 +29,14 @@ class Parser(argparse.ArgumentParser):
         raise InvalidOption(message)
 
 
+def integer(text: str) -> int:
+    """The value of a flag that takes an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+
+
 def run_reporting(run: Callable[[], int], *expected: type[Exception]) -> int:
     """Call ``run``; what the user can mend becomes one line on stderr and exit status 2.
 

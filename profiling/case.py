@@ -39,6 +39,7 @@ class Case:
     device: str = "cpu"
     batch: int = 1
     compiled: bool = False
+    cuda_graph: bool = False
     deterministic: bool = False
     seed: int = 0
     replicate: int = 0
@@ -97,7 +98,9 @@ class Case:
         found = set()
         for module in work.module.modules():
             if isinstance(module, Attention):
-                found.add(module.chosen_impl(work.x))
+                # As the step would ask: what a kernel can run depends on gradients and on autocast.
+                with work.settings(), torch.set_grad_enabled(self.mode == "forward_backward"):
+                    found.add(module.chosen_impl(work.x))
             elif len(getattr(module, "impls", ())) > 1:
                 # It does not say which of them "auto" runs: so it is not taken for the reference.
                 found.add(self.impl)
@@ -131,7 +134,8 @@ class Case:
         size = f"{self.height}x{self.width}" + (f"x{self.dim}" if self.kind != "model" else "")
         plain = ("auto", "reference")
         extras = [self.impl if self.impl not in plain else "", self.dtype if self.dtype != "fp32" else ""]
-        extras += ["compiled" if self.compiled else "", f"batch {self.batch}" if self.batch > 1 else ""]
+        extras += ["compiled" if self.compiled else "", "CUDA graph" if self.cuda_graph else ""]
+        extras += [f"batch {self.batch}" if self.batch > 1 else ""]
         return " ".join(filter(None, [self.name, size, chosen, self.mode, *extras]))
 
 

@@ -5,6 +5,7 @@ Both run in a child process; theory needs no device and no memory, whatever the 
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from profiling import agreement, environment, latency, macs, memory, trace
 from profiling.case import Case
 from profiling.rows import agree
 from profiling.trace import sdpa_backend
-from profiling.workload import Workload
+from profiling.workload import Workload, check_graphs
 
 ATTEMPTS = 3
 """How often a cell is timed, at most, on a GPU that throttles."""
@@ -71,9 +72,14 @@ def measure(job: Job) -> dict[str, Any]:
     """Check, then time, then measure memory, then let fvcore count: in that order, since each disturbs the next.
 
     An implementation that disagrees with the reference is not timed: its status is ``incorrect``.
+
+    Raises:
+        Unsupported: the implementation, or a CUDA graph, cannot run here.
     """
     job.load()
     case = job.case
+    if case.cuda_graph:
+        check_graphs(case.device)
     if case.deterministic:
         # cuBLAS reads it when CUDA starts, and is not deterministic without.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -85,11 +91,15 @@ def measure(job: Job) -> dict[str, Any]:
             return columns | {"status": "incorrect", "reason": f"{found.where} is off by {found.error:.2g}"}
     work = case.workload(case.device)
     columns |= {"impl": case.implementation(work)}
-    if columns["impl"] != "reference":
+    # To be watched, FlexAttention would have to run uncompiled, and write out every score of the grid.
+    if columns["impl"] != "reference" and "flex" not in columns["impl"]:
         with work.settings():
             columns["sdpa_backend"] = sdpa_backend(work.step)
-    columns |= measure_workload(work, case.device, job.patience, case.compiled)
-    return columns | {"macs_fvcore": None if case.compiled else _fvcore(work)}
+    columns |= time_workload(work, case.device, job.patience, case.compiled, case.cuda_graph)
+    if case.replicate > 0:
+        # The rest is the same in every process: the first one tells.
+        return columns
+    return columns | memory_columns(work) | {"macs_fvcore": None if case.compiled else _fvcore(work)}
 
 
 def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[str, Any]:
@@ -102,30 +112,38 @@ def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[
         "macs_backward_counted": backward if mode == "forward_backward" else None,
         "memory_predicted_bytes": _predicted(work, x.device.type),
     }
-    columns |= measure_workload(work, x.device.type, latency.STANDARD)
+    columns |= time_workload(work, x.device.type, latency.STANDARD) | memory_columns(work)
     columns["macs_fvcore"] = _fvcore(work)
     return columns | {"macs_agree": agree(None, forward, columns["macs_fvcore"])}
 
 
-def profile_operators(job: Job, folder: str | None) -> list[dict[str, Any]]:
-    """The heaviest operators of a case, as profiling.trace gives them; with ``folder``, a trace in it."""
+def breakdown(job: Job, folder: str | None) -> dict[str, list[dict[str, Any]]]:
+    """Stages and heaviest operators of a case, as profiling.trace gives them; with ``folder``, a trace in it."""
     job.load()
     work = job.case.workload(job.case.device)
-    operators = trace.heaviest_operators(work, job.case.device)
+    found = trace.breakdown(work, job.case.device)
     if folder is not None:
         trace.write_trace(work, job.case.device, folder)
-    return operators
+    return found
 
 
-def measure_workload(work: Workload, device: str, patience: latency.Patience, compiled: bool = False) -> dict[str, Any]:
-    """Time and memory of any workload, as columns of a row."""
+def time_workload(
+    work: Workload, device: str, patience: latency.Patience, compiled: bool = False, cuda_graph: bool = False
+) -> dict[str, Any]:
+    """Time of any workload, as columns of a row."""
     columns: dict[str, Any] = {}
     with work.settings():
         if compiled:
             columns["compile_ms"] = _compile(work, device)
-        columns |= _time(work, device, patience)
+        with work.replayed() if cuda_graph else nullcontext():
+            columns |= _time(work, device, patience)
+    return columns
+
+
+def memory_columns(work: Workload) -> dict[str, Any]:
+    """Memory of a workload that was timed, as columns of a row; without a CUDA graph, which keeps what it uses."""
     found = memory.measure(work, warm=True)
-    return columns | {
+    return {
         "memory_peak_bytes": found.peak,
         "memory_base_bytes": found.base,
         "memory_reserved_bytes": found.reserved,

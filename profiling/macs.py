@@ -32,14 +32,14 @@ def counted(work: Workload) -> tuple[int, int]:
 
     On meta, fused attention is split into its matrix products, so that none goes uncounted.
     """
-    with imitated(work, _meta) as imitation, imitation.settings():
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
-            imitation.module(imitation.x.detach())
+    with imitated(work, _meta) as imitation, imitation.settings(), FlopCounterMode(display=False) as counter:
         if work.mode == "forward":
-            return forward.get_total_flops() // 2, 0
-        with FlopCounterMode(display=False) as both:
             imitation.step()
-    return forward.get_total_flops() // 2, (both.get_total_flops() - forward.get_total_flops()) // 2
+            return counter.get_total_flops() // 2, 0
+        out = imitation.module(imitation.x)
+        forward = counter.get_total_flops()
+        out.backward(imitation.grad)
+        return forward // 2, (counter.get_total_flops() - forward) // 2
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -75,6 +75,7 @@ def _bra_routing(inputs: list[Any], outputs: list[Any]) -> int:
 
 FUSED: dict[str, Callable[..., int]] = {
     "aten::scaled_dot_product_attention": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "attention_zoo::bra_attend": _bra_attention,
     "attention_zoo::bra_route": _bra_routing,
 }

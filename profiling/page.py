@@ -10,10 +10,16 @@ from rich.table import Table
 from profiling.case import Case
 
 MIB = 2**20
+BAR = 20
+"""Characters of a bar that stands for the whole step."""
 
 
-def show(case: Case, row: dict[str, Any], operators: list[dict[str, Any]], console: Console) -> None:
-    """Print cost, memory, latency and the heaviest operators; a number that was not obtained is a dash."""
+def show(case: Case, row: dict[str, Any], parts: dict[str, list[dict[str, Any]]], console: Console) -> None:
+    """Print cost, memory, latency, stages and heaviest operators; a number that was not obtained is a dash.
+
+    Args:
+        parts: where the time goes, as profiling.trace.breakdown gives it; empty if that was not obtained.
+    """
     console.print(f"[bold]{escape(str(case))}[/bold]")
     device = f"{row['device_name']}; PyTorch {row['torch']}; impl {row.get('impl') or '-'}"
     console.print(device, highlight=False, markup=False)
@@ -22,14 +28,17 @@ def show(case: Case, row: dict[str, Any], operators: list[dict[str, Any]], conso
     console.print(_cost(row))
     console.print(_memory(row))
     console.print(_latency(row))
-    if operators:
-        console.print(_operators(operators))
+    if parts.get("stages"):
+        console.print(_stages(parts["stages"], console.options.ascii_only))
+    if parts.get("heaviest_operators"):
+        console.print(_operators(parts["heaviest_operators"]))
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", width=78, box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 or column == "note" else "right", overflow="fold")
+        left = number == 0 or column in ("note", "")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
     return table
 
 
@@ -78,6 +87,23 @@ def _latency(row: dict[str, Any]) -> Table:
 
 def _timed(row: dict[str, Any]) -> bool:
     return row.get("latency_p50_ms") is not None
+
+
+def _stages(stages: list[dict[str, Any]], ascii_only: bool) -> Table:
+    table = _table("Stages of one step, under the profiler", "stage", "forward ms", "backward ms", "share", "")
+    for stage in stages:
+        share, times = stage["share"], (stage["forward_ms"], stage["backward_ms"])
+        table.add_row(escape(stage["name"]), *map(_ms, times), f"{100 * share:.1f} %", _bar(share, ascii_only))
+    rest = max(0.0, 1 - sum(stage["share"] for stage in stages))
+    table.add_row("the rest", "", "", f"{100 * rest:.1f} %", _bar(rest, ascii_only))
+    return table
+
+
+def _bar(share: float, ascii_only: bool) -> str:
+    if ascii_only:
+        return "#" * round(BAR * share)
+    whole, eighths = divmod(round(8 * BAR * share), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 
 def _operators(operators: list[dict[str, Any]]) -> Table:

@@ -1,4 +1,4 @@
-"""A profile of one configuration: its heaviest operators, and a trace for TensorBoard and Perfetto."""
+"""A profile of one configuration: its stages and heaviest operators, and a trace for TensorBoard and Perfetto."""
 
 import socket
 import time
@@ -6,33 +6,56 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from profiling import stages
 from profiling.workload import Workload
 
 ACTIVE = 3
 
 
-def heaviest_operators(work: Workload, device: str) -> list[dict[str, Any]]:
-    """The ten operators with the most time of their own, over three steps.
+def breakdown(work: Workload, device: str) -> dict[str, list[dict[str, Any]]]:
+    """Where the time of a step goes, over three steps under the profiler, which slows them a little.
 
     Returns:
-        Per operator its ``name``, ``calls`` per step, ``self_ms`` per step and ``share`` of all.
+        ``stages``: as profiling.stages.shares gives them; empty where the module names none.
+        ``heaviest_operators``: the ten with the most time of their own: ``name``, ``calls`` per step, ``self_ms``
+        per step and ``share`` of all operators.
     """
-    return _heaviest(_profile(work, device), device)
+    profiler = _profile(work, device)
+    return {
+        "stages": stages.shares(profiler.events(), ACTIVE, device, work.mode == "forward_backward"),
+        "heaviest_operators": _heaviest(profiler, device),
+    }
 
 
 def write_trace(work: Workload, device: str, folder: str) -> None:
     """Write a trace of three steps into ``folder``, with shapes, memory and the modules the operators belong to.
 
-    Apart from :func:`heaviest_operators`, because so much detail slows the steps down.
+    On CUDA with a snapshot of the allocator's memory beside it. Apart from :func:`breakdown`, because so much
+    detail slows the steps down.
     """
     profiler = _profile(work, device, record_shapes=True, profile_memory=True, with_stack=True, with_modules=True)
     Path(folder).mkdir(parents=True, exist_ok=True)
     # The name TensorBoard's plugin looks for: worker.time.pt.trace.json.
-    name = f"{socket.gethostname()}.{time.time_ns() // 1_000_000}.pt.trace.json"
-    profiler.export_chrome_trace(str(Path(folder) / name))
+    name = f"{socket.gethostname()}.{time.time_ns() // 1_000_000}"
+    profiler.export_chrome_trace(str(Path(folder) / f"{name}.pt.trace.json"))
+    if device == "cuda":
+        _write_snapshot(work, Path(folder) / f"{name}.memory.pickle")
+
+
+def _write_snapshot(work: Workload, path: Path) -> None:
+    """Every allocation of one step with its stack, for https://docs.pytorch.org/memory_viz."""
+    torch.cuda.memory._record_memory_history()
+    try:
+        with work.settings():
+            work.step()
+        torch.cuda.memory._dump_snapshot(str(path))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def _profile(work: Workload, device: str, **detail: Any) -> profile:
@@ -68,9 +91,9 @@ def sdpa_backend(step: Callable[[], object]) -> str | None:
 
 def _heaviest(profiler: profile, device: str) -> list[dict[str, Any]]:
     clock = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    events = [e for e in profiler.key_averages() if not e.key.startswith(("ProfilerStep", "[memory]"))]
-    total = sum(getattr(e, clock) for e in events) or 1.0
-    top = sorted(events, key=lambda e: -getattr(e, clock))[:10]
+    operators = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU and not e.is_user_annotation]
+    total = sum(getattr(e, clock) for e in operators) or 1.0
+    top = sorted(operators, key=lambda e: -getattr(e, clock))[:10]
     return [
         {
             "name": e.key,

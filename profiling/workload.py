@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
+from attention_zoo import Unsupported
+
 Mode = Literal["forward", "forward_backward"]
 Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
+WARM_UP = 3
+"""Steps before one is recorded: kernels are chosen and compiled, and workspaces allocated, in the first ones."""
 AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,6 +48,7 @@ class Workload:
         self.input_gradient = input_gradient and mode == "forward_backward" and x.is_floating_point()
         self.x = x.detach().requires_grad_(self.input_gradient)
         self.grad = grad
+        self._recorded: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
         if mode == "forward_backward" and grad is None:
             with self.settings(), torch.no_grad():
                 # Contiguous whatever the output's layout is, which may differ on meta.
@@ -51,6 +56,10 @@ class Workload:
 
     def step(self) -> Tensor:
         """Run once. The caller holds :meth:`settings` around any number of steps."""
+        if self._recorded is not None:
+            graph, out = self._recorded
+            graph.replay()
+            return out
         if self.mode == "forward":
             with torch.no_grad():
                 return self.module(self.x)
@@ -63,11 +72,40 @@ class Workload:
 
     def compile(self) -> None:
         """Put the module under torch.compile, in place; it compiles at its first step."""
+        import torch._dynamo.config
         import torch._inductor.config
 
         # Workers for compilation would outlive the cell and be reported as leaked.
         torch._inductor.config.compile_threads = 1
+        if hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            # A backward pass of one's own may differentiate what it recomputes.
+            torch._dynamo.config.trace_autograd_ops = True
         self.module.compile(dynamic=False, fullgraph=True)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Meanwhile every step is a replay of one that was recorded in a CUDA graph, forward and backward.
+
+        Input, output, their gradients and those of the parameters stay where they were when it was recorded.
+
+        Raises:
+            Unsupported: the workload is not on a CUDA device.
+        """
+        check_graphs(self.x.device.type)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.step()
+        self._recorded = graph, out
+        try:
+            yield
+        finally:
+            self._recorded = None
 
     @contextmanager
     def settings(self) -> Iterator[None]:
@@ -92,6 +130,12 @@ class Workload:
         """All that is there before the step."""
         grad = [] if self.grad is None else [self.grad]
         return [*self.module.parameters(), *self.module.buffers(), self.x, *grad]
+
+
+def check_graphs(device: str) -> None:
+    """Unsupported unless steps on ``device`` can be recorded in a CUDA graph."""
+    if device != "cuda":
+        raise Unsupported(f"cuda_graph=True: a CUDA graph records work of a CUDA device, not of {device}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before PyTorch is loaded. Threads that spin while they wait make small tests ten times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -9,7 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import jaxtyping
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Before Triton is loaded: without a GPU its kernels are interpreted. What is compiled for a CPU is none of Triton's.
 if not torch.cuda.is_available():
@@ -18,6 +19,42 @@ if not torch.cuda.is_available():
 # A torch.device context remembers, at its first use, which functions make tensors: before they are replaced below.
 with torch.device("cpu"):
     torch.empty(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--plugin", action="append", default=[], metavar="FILE", help="a file with attentions to be tested"
+    )
+
+
+# Last: the runtime checks of shapes are installed before anything of the zoo is imported.
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if plugins := config.getoption("--plugin"):
+        from attention_zoo import InvalidOption, load_plugin
+
+        try:
+            for plugin in plugins:
+                load_plugin(plugin)
+        except InvalidOption as problem:
+            raise pytest.UsageError(str(problem)) from problem
+
+
+def made(name: str, impl: str = "reference", *, dim: int, heads: int, **chosen: Any) -> nn.Module:
+    """In fp64 and eval, with weights large enough that the softmax is far from uniform; the same for each impl."""
+    from attention_zoo import build
+
+    module = build(name, dim=dim, num_heads=heads, impl=impl, **chosen).eval().double()
+    torch.manual_seed(1)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def image(height: int, width: int, batch: int = 2, *, dim: int) -> Tensor:
+    """A standard normal grid in fp64, the same each time."""
+    torch.manual_seed(2)
+    return torch.randn(batch, height, width, dim, dtype=torch.float64)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ from attention_zoo import InvalidOption, Unsupported, build, get, regions
 from attention_zoo.bra import sdpa
 from attention_zoo.bra.kv_downsample import MODES, KVDownsample
 from attention_zoo.bra.routing import optimal_regions_per_side
+from profiling import macs
+from profiling.workload import Workload
 
 DEFAULTS: dict[str, Any] = dict(
     n_win=7, topk=4, qk_dim=None, qk_scale=None, kv_downsample_mode="identity", kv_per_win=4, kv_downsample_ratio=4,
@@ -300,7 +302,7 @@ def test_output_and_gradients_equal_the_oracle(name: str, impl: str) -> None:
 @pytest.mark.parametrize("chunk_bytes", [1, 20_000])
 @pytest.mark.parametrize("name", ["n_win 7, batch 2", "conv, kernel 5, qk_dim", "param, diff, soft, pooled", "diff"])
 def test_chunks_of_query_regions_add_up(name: str, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(sdpa.CHUNK_BYTES, "cpu", chunk_bytes)
     errors, single = parity(name, "sdpa")
     assert max(errors.values()) < 1e-9, errors
     assert single < 1e-5
@@ -314,6 +316,17 @@ def test_macs_and_key_count_are_what_runs(name: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         drawn.module.to("meta")(drawn.x[:1].to("meta"))
     assert drawn.module.macs(height, width).total == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("impl", get("bra").impls)
+@pytest.mark.parametrize("name", [name for name in SETS if not name.startswith("masked")])
+def test_fvcore_overlooks_no_implementation(name: str, impl: str, unchecked: None) -> None:
+    drawn = draw(impl, **SETS[name])
+    run_or_skip(drawn.module, drawn.x)
+    counted = macs.by_fvcore(Workload(drawn.module, drawn.x))
+    products = drawn.module.macs(*drawn.x.shape[1:3]).total * len(drawn.x)
+    # It counts adaptive pooling, too, which is no product.
+    assert products <= counted <= 1.05 * products
 
 
 def test_the_comparison_can_fail() -> None:

@@ -247,6 +247,13 @@ def test_help_helps(capsys: pytest.CaptureFixture[str], which: str, arguments: t
     assert told in shown.out and "examples:" in shown.out and shown.err == ""
 
 
+def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (["--help"], ["--model", "biformer_tiny", "--help"]):
+        outcome(profiler.main, arguments)
+        assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_help_names_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     outcome(profiler.main, ["--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -292,7 +299,7 @@ def test_json_holds_the_row(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     row = json.loads(shown.out)
     assert shown.err == ""
-    assert set(row) <= {*COLUMNS, "heaviest_operators"}
+    assert set(row) <= {*COLUMNS, "stages", "heaviest_operators"}
     assert (row["name"], row["height"], row["n_win"], row["topk"]) == ("bra", 8, 2, 1)
     assert (row["kv_downsample_mode"], row["kv_downsample_ratio"]) == ("avgpool", 2)
     assert row["status"] == "ok" and row["macs_agree"] and row["macs_counted"] == row["macs_analytic"]
@@ -301,6 +308,9 @@ def test_json_holds_the_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["memory_predicted_bytes"] == row["memory_peak_bytes"] > row["memory_base_bytes"]
     assert 0 < row["latency_low_ms"] <= row["latency_p50_ms"] <= row["latency_high_ms"]
     assert 1 <= len(row["heaviest_operators"]) <= 10
+    stages = {stage["name"]: stage["share"] for stage in row["stages"]}
+    assert set(stages) == {"bra.project", "bra.route", "bra.attend", "bra.lepe", "bra.output"}
+    assert 0 < sum(stages.values()) <= 1
 
 
 def test_the_page_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,7 +374,7 @@ def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, color: bool) -> 
     if not color:
         monkeypatch.setenv("NO_COLOR", "1")
     out = io.StringIO()
-    page.show(Case("full", 4, 4), ROW, [], Console(file=out, force_terminal=True, width=80))
+    page.show(Case("full", 4, 4), ROW, {}, Console(file=out, force_terminal=True, width=80))
     shown = out.getvalue()
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)) == color
     assert "Paper [CPU]" in shown and "[/red] x" in shown and "DISAGREE" in shown
@@ -389,7 +399,8 @@ def flags(*extra: str) -> list[str]:
 
 PROFILER_FLAGS = flags(
     "--attention", "--block", "--model", "--plugin", "--height", "--width", "--dim", "--num-heads", "--batch", "--impl",
-    "--mode", "--dtype", "--device", "--compiled", "--deterministic", "--seed", "--trace", "--json", "--help", "--no",
+    "--mode", "--dtype", "--device", "--compiled", "--cuda-graph",
+    "--deterministic", "--seed", "--trace", "--json", "--help", "--no",
 )  # fmt: skip
 RUN_ALL_FLAGS = ["--device", "--only", "--smoke", "--fresh", "--retry-failed", "--results", "--plugin", "--lis", "-h"]
 
@@ -418,8 +429,8 @@ def fuzzed(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str])
 def test_no_command_line_breaks_the_profiler(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
-    def no_measurement(case: Case, plugins: Sequence[str], trace: str | None) -> tuple[dict[str, Any], list[Any]]:
-        return case.who("profiling", "Paper CPU") | {"torch": "2", "status": "error", "reason": "not run"}, []
+    def no_measurement(case: Case, plugins: Sequence[str], trace: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        return case.who("profiling", "Paper CPU") | {"torch": "2", "status": "error", "reason": "not run"}, {}
 
     monkeypatch.setattr(profiler, "_measure", no_measurement)
     fuzzed(capsys, profiler.main, arguments)

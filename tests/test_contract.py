@@ -1,9 +1,14 @@
-"""What every registered attention promises, and what window, axial, full and convolutional attention are."""
+"""What every registered attention promises, and what window, axial, full and convolutional attention are.
+
+Of an attention of yours: ``pytest --plugin my_attention.py tests/test_contract.py -k my_attention``.
+"""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,18 +73,7 @@ FAST = [(name, impl) for name, impl in IMPLS if impl != impls(name)[0]]
 VARIANTS = [pytest.param(name, chosen, id=f"{name} {label(chosen)}") for name in NAMES for chosen in variants(name)]
 
 
-def made(name: str, impl: str = "reference", dim: int = DIM, heads: int = HEADS, **chosen: Any) -> nn.Module:
-    """In fp64 and eval, with weights large enough that the softmax is far from uniform; the same for each impl."""
-    module = build(name, dim=dim, num_heads=heads, impl=impl, **chosen).eval().double()
-    torch.manual_seed(1)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
-
-
-def image(height: int, width: int, batch: int = 2, dim: int = DIM) -> Tensor:
-    torch.manual_seed(2)
-    return torch.randn(batch, height, width, dim, dtype=torch.float64)
+made, image = partial(conftest.made, dim=DIM, heads=HEADS), partial(conftest.image, dim=DIM)
 
 
 def run_or_skip(module: nn.Module, x: Tensor) -> Tensor:
@@ -157,6 +151,17 @@ def test_gradients_reach_every_parameter(name: str, chosen: dict[str, Any]) -> N
         assert gradient.abs().max() > 1e-6, tensor
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_by_finite_differences(name: str) -> None:
+    module, x = made(name, **smallest(name)), image(5, 4, batch=1).requires_grad_()
+    state = dict(module.named_parameters())
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(state, values, strict=True)), x)
+
+    assert torch.autograd.gradcheck(run, (x, *state.values()), fast_mode=True, eps=1e-7, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "impl"), FAST)
 def test_fast_implementations_equal_the_reference(name: str, impl: str) -> None:
     for chosen, shape in product(variants(name), [(8, 8), (7, 9)]):
@@ -198,9 +203,9 @@ def test_predicted_memory_is_the_measured(name: str, impl: str, mode: str) -> No
     case = Case(name, 28, 28, dim=64, num_heads=2, impl=impl, mode=mode)
     try:
         measured = memory.measure(case.workload("cpu"))
+        predicted = memory.predict(case.workload("meta"))
     except Unsupported as reason:
         pytest.skip(str(reason))
-    predicted = memory.predict(case.workload("meta"))
     assert predicted.base == measured.base
     assert predicted.peak > predicted.base
     assert predicted.peak == pytest.approx(measured.peak, rel=1e-3 if impl == "reference" else 2e-2)

@@ -74,7 +74,7 @@ def fault_run(own_registry: None, tmp_path_factory: pytest.TempPathFactory) -> p
         timeout=TIMEOUT,
     )
     launcher = Launcher(Settings(results=tmp_path_factory.mktemp("faults"), plugins=(FAULTS,)))
-    launcher.available = 3 << 29
+    launcher.devices[0].available = 3 << 29
     launcher.folder.mkdir(parents=True)
     (launcher.folder / "peaks.csv").write_text(PEAKS)
     for _ in launcher.run({"faults": sweep}):
@@ -254,3 +254,11 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_what_kills_the_child_of_several_costs_the_others_nothing() -> None:
+    jobs = ["import signal; signal.raise_signal(signal.SIGSEGV)", "1", "raise KeyError('k')"]
+    assert [outcome.status for outcome in isolation.call_each(exec, jobs, timeout=20)] == ["crash", "ok", "error"]
+    assert [outcome.value for outcome in isolation.call_each(len, ["", "a", "ab"])] == [0, 1, 2]
+    (first, second) = isolation.call_each(eval, ["__import__('os').getpid()"] * 2)
+    assert first.value == second.value and first.seconds == second.seconds > 0

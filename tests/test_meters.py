@@ -446,7 +446,7 @@ def test_the_fused_kernel_is_named(mode: Mode) -> None:
 
 
 def test_the_heaviest_operators() -> None:
-    found = trace.heaviest_operators(workload("convolution"), "cpu")
+    found = trace.breakdown(workload("convolution"), "cpu")["heaviest_operators"]
     assert 1 <= len(found) <= 10
     assert any("convolution" in operator["name"] and operator["calls"] == 1 for operator in found)
     shares = [operator["share"] for operator in found]

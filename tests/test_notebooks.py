@@ -1,11 +1,13 @@
 """The notebooks run on a machine without PyTorch, say what the data say, and say so when there are none."""
 
 import asyncio
+import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,42 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from notebooks import limits, plots, published
+from notebooks import (
+    break_even,
+    cost_split,
+    crossover,
+    export,
+    limits,
+    one_config,
+    pareto,
+    plots,
+    programs,
+    published,
+    routes,
+    speed,
+)  # fmt: skip
 from profiling.rows import agree, load, validate
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FIGURES = {"readme", "resolution_forward", "resolution_forward_backward", "topk", "kv_downsample"}
-TABLES = {"published_models", "other_models", "attentions", "memory_limits", "growth", "stl"}
+FIGURES = {
+    "readme", "resolution_forward", "resolution_forward_backward", "topk", "kv_downsample", "kv_downsample_map",
+    "cost_split", "latency", "break_even", "pareto_forward", "pareto_forward_backward", "profile_one_config",
+    "bra_speed",
+}  # fmt: skip
+TABLES = {
+    "published_models",
+    "other_models",
+    "attentions",
+    "memory_limits",
+    "growth",
+    "stl",
+    "break_even",
+    "bra_break_even",
+}
+TABLES |= {"pareto_forward", "pareto_forward_backward"}
+PARTS = {"macs_projection": 50, "macs_routing": 10, "macs_attention": 30, "macs_local_conv": 10, "macs_analytic": 100}
+TABLES |= {f"bra_{what}_{mode}" for what in ("speed", "memory") for mode in ("forward", "forward_backward")}
 BLOCK = """
 import sys
 
@@ -39,14 +70,16 @@ def cell(
     """A row of round numbers; without ``ms`` it was not measured."""
     row = {
         "sweep": sweep, "kind": "attention", "name": name, "impl_requested": "reference", "compiled": False,
-        "deterministic": False, "mode": mode, "dtype": "fp32", "device": "cpu", "batch": 1, "height": side,
-        "width": side, "dim": 64, "num_heads": 2, "seed": 0, "replicate": 0, "device_name": "Round Numbers",
-        "params": 64, "macs_counted": 1000 * side**2, "memory_predicted_bytes": memory, "kv_tokens_per_query": 4,
+        "cuda_graph": False, "deterministic": False, "mode": mode, "dtype": "fp32", "device": "cpu", "batch": 1,
+        "height": side, "width": side, "dim": 64, "num_heads": 2, "seed": 0, "replicate": 0,
+        "device_name": "Round Numbers", "params": 64,
+        "macs_counted": 1000 * side**2, "memory_predicted_bytes": memory, "kv_tokens_per_query": 4,
         "started_at": "2026-01-02T03:04:05+00:00", "status": "predicted", "reason": "as the sweep asks",
     } | more  # fmt: skip
     if ms is not None:
         row |= {"status": "ok", "reason": None, "memory_peak_bytes": memory, "latency_p50_ms": ms}
         row |= {"latency_low_ms": 0.9 * ms, "latency_high_ms": 1.1 * ms}
+        row |= {"latency_p25_ms": 0.8 * ms, "latency_p75_ms": 1.25 * ms}
     counts = (row.get(column) for column in ("macs_analytic", "macs_counted", "macs_fvcore"))
     return row | {"macs_agree": agree(*counts)}
 
@@ -69,7 +102,8 @@ def resolution() -> Iterator[dict[str, Any]]:
 
 def ablations() -> Iterator[dict[str, Any]]:
     for topk, ms in ((1, 2.0), (4, 5.0), (16, 30.0)):
-        yield cell("topk", "bra", "forward", 56, 2**20 * topk, ms, n_win="7", topk=topk)
+        spent = {"macs_counted": 100, "regions_per_side": 7, "kv_tokens_per_query": 64 * topk} | PARTS
+        yield cell("topk", "bra", "forward", 56, 2**20 * topk, ms, n_win="7", topk=topk, **spent)
     crash = {"status": "crash", "reason": "killed by signal 11"}
     yield cell("topk", "bra", "forward", 56, 2**20, None, n_win="14", topk=1, **crash)
     kinds = (("identity", 64, 10.0), ("avgpool", 16, 2.5), ("conv", 16, 5.0))
@@ -82,16 +116,49 @@ def ablations() -> Iterator[dict[str, Any]]:
     for mode in ("forward", "forward_backward"):
         measured = 80.0 if mode == "forward" else None
         yield cell("stl", "biformer_stl", mode, 224, 2**26, measured, attention="window", **model, **macs)
+        swin = model | {"params": 28_285_666}
+        yield cell("stl", "biformer_stl", mode, 224, 2**26, None, attention="shifted_window", **swin, **macs)
 
 
 def growth() -> Iterator[dict[str, Any]]:
     """Costs that are powers of the side from 32 on, and something else below, which the fit has to leave out."""
-    for side in (8, 16, 32, 64, 128):
+    for side in (8, 16, 32, 64, 128, 256, 512):
         for n_win, power in (("7", 4), ("auto", 3)):
             more = {"macs_attention": side**power + (side < 32) * 10**9, "macs_routing": 0}
             more |= {"n_win": n_win, "exponent_theory": 2 if n_win == "7" else 4 / 3}
             yield cell("complexity", "bra", "forward", side, side**power, None, **more)
             yield cell("complexity", "bra", "forward_backward", side, side**4, None, **more)
+
+
+def profile() -> dict[str, Any]:
+    """What a profiler would say that is one percent off with fvcore and finds two stages."""
+    found = cell("profiling", "bra", "forward", 56, 2**20, 2.0, macs_analytic=1000, macs_counted=1000, macs_fvcore=1010)
+    stages = [{"name": f"bra.{name}", "share": share} for name, share in (("route", 0.1), ("attend", 0.6))]
+    operators = [{"name": "aten::bmm", "calls": 2, "self_ms": 1.0, "share": 0.5}]
+    said = {"config": "--attention bra", "started_at": "2026-01-02T03:04:05+00:00", "torch": "2.13.0", "impl": "sdpa"}
+    return found | said | {"stages": stages, "heaviest_operators": operators}
+
+
+def speeds() -> Iterator[dict[str, Any]]:
+    """Times per implementation at (grid, topk); the reference does not fit at the largest."""
+    places = ((56, 1), (56, 4), (112, 4), (224, 4))
+    times = {
+        ("bra", "reference"): (8.0, 16.0, 90.0, None), ("bra", "sdpa"): (4.0, 4.0, 5.0, 50.0),
+        ("bra_gathered", "sdpa"): (2.0, 3.0, 4.5, 25.0), ("full", "sdpa"): (2.0, 2.0, 20.0, None),
+        ("window", "sdpa"): (1.0, 1.0, 2.0, 8.0),
+    }  # fmt: skip
+    for ((name, impl), of_name), mode in product(times.items(), ("forward", "forward_backward")):
+        for (side, topk), ms in zip(places, of_name, strict=True):
+            more: dict[str, Any] = {"impl_requested": impl}
+            if name.startswith("bra"):
+                more |= {"n_win": "7", "topk": topk}
+            elif (side, topk) == (56, 4):
+                continue
+            memory = 2**20 * side * (4 if impl == "reference" else 1)
+            failed = {"status": "oom", "reason": "predicted: needs 2.0 GiB, 1.0 GiB are free"} if ms is None else {}
+            yield cell("bra_speed", name, mode, side, memory, ms, **more, **failed)
+    bare = {"impl_requested": "flex", "n_win": "7", "topk": 1, "status": "unsupported", "reason": "not here"}
+    yield cell("bra_speed", "bra", "forward_backward", 56, None, None, **bare)
 
 
 @pytest.fixture(scope="module")
@@ -101,41 +168,44 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     device = folder / "round-numbers"
     device.mkdir()
     (device / "peaks.csv").write_text("what,per_second,unit\nfp32,1e9,FLOP\n")
-    table = validate([*resolution(), *ablations(), *growth()])
+    table = validate([*resolution(), *ablations(), *growth(), *speeds()])
     for sweep, rows in table.groupby("sweep"):
         rows.to_csv(device / f"{sweep}.csv", index=False)
+    (folder / one_config.STORED).write_text(json.dumps(profile()))
     return folder
 
 
-def environment(results: Path, out: Path) -> dict[str, str]:
-    """Of a process in which PyTorch and the zoo cannot be imported, that reads and writes in temporary folders."""
+def environment(results: Path, out: Path, blocked: bool = True) -> dict[str, str]:
+    """Of a process that reads and writes in temporary folders; if blocked, it cannot import PyTorch and the zoo."""
     (out / "block").mkdir(parents=True, exist_ok=True)
-    (out / "block" / "sitecustomize.py").write_text(BLOCK)
+    (out / "block" / "sitecustomize.py").write_text(BLOCK if blocked else "")
     chosen = {name: value for name, value in os.environ.items() if not name.startswith("ATTENTION_")}
     folders = {"RESULTS": results, "FIGURES": out / "figures", "TABLES": out / "tables"}
     chosen |= {f"ATTENTION_{name}": str(folder) for name, folder in folders.items()}
     return chosen | {"PYTHONPATH": str(out / "block"), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
 
-def run(environments: dict[str, dict[str, str]]) -> dict[tuple[str, str], str]:
-    """What every notebook shows in each environment, as text; all at once."""
+def run(environments: dict[str, dict[str, str]], notebooks: list[Path]) -> dict[tuple[str, str], str]:
+    """What every notebook shows in each environment, as text; as many at once as there are processors."""
 
-    async def one(path: Path, env: dict[str, str]) -> str:
+    async def one(path: Path, env: dict[str, str], free: asyncio.Semaphore) -> str:
         notebook = nbformat.read(path, as_version=4)
         where = {"metadata": {"path": path.parent}}
-        client = NotebookClient(notebook, timeout=60, kernel_name="python3", resources=where)
-        await client.async_execute(env=env)
+        client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where)
+        async with free:
+            await client.async_execute(env=env)
         outputs = [output for part in notebook.cells if part.cell_type == "code" for output in part.outputs]
         return "\n".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
 
     async def everything() -> list[str | BaseException]:
-        runs = (one(path, env) for env in environments.values() for path in NOTEBOOKS)
+        free = asyncio.Semaphore(os.cpu_count() or 2)
+        runs = (one(path, env, free) for env in environments.values() for path in notebooks)
         return await asyncio.gather(*runs, return_exceptions=True)
 
     texts = asyncio.run(everything())
     if failed := [text for text in texts if not isinstance(text, str)]:
         raise failed[0]
-    keys = [(case, path.stem) for case in environments for path in NOTEBOOKS]
+    keys = [(case, path.stem) for case in environments for path in notebooks]
     return dict(zip(keys, map(str, texts), strict=True))
 
 
@@ -147,11 +217,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shown(results: Path, out: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], str]:
     nothing = tmp_path_factory.mktemp("nothing")
-    return run({"data": environment(results, out), "empty": environment(nothing, out / "empty")})
+    return run({"data": environment(results, out), "empty": environment(nothing, out / "empty")}, NOTEBOOKS)
 
 
 def test_there_are_notebooks() -> None:
-    assert {path.stem for path in NOTEBOOKS} == {"bra_ablations", "complexity_tables", "memory_resolution_curves"}
+    assert {path.stem for path in NOTEBOOKS} == {
+        "bra_ablations", "bra_speed", "complexity_tables", "latency_and_pareto", "memory_resolution_curves",
+        "profile_one_config", "routing_gallery",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ["torch", "attention_zoo"])
@@ -181,14 +254,39 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
         ("complexity_tables", "1 of 1 recounted parameter counts of BiFormer round to the published figure"),
         ("complexity_tables", "At 64 x 64 tokens, batch 1, dim 64, 2 heads, fp32; Round Numbers."),
         ("complexity_tables", "64.0 / 64.0 | 8.00 [7.20, 8.80] |"),
-        ("complexity_tables", "| bra | 2.00 | 2.00 | 1.00 | 2.00 | 2.00 |"),
-        ("complexity_tables", "| bra (n_win auto) | 1.33 | 1.50 | 1.00 | 1.50 | 2.00 |"),
+        ("complexity_tables", "| bra | 2.00 | 2.00 ± 0.00 | 1.00 ± 0.00 | 2.00 ± 0.00 | 2.00 ± 0.00 |  |  |"),
+        ("complexity_tables", "| bra (n_win auto) | 1.33 | 1.50 ± 0.00 | 1.00 ± 0.00 | 1.50 ± 0.00 | 2.00 ± 0.00 |"),
         ("complexity_tables", "differ from theory by at most 0.17 (bra (n_win auto)), over 2 attentions."),
         ("complexity_tables", "its memory grows with HW to the power 2.00 instead of 1.50."),
-        ("complexity_tables", "| window | 13.1 | 2.2 | 64 | 80.0 [72.0, 88.0] |"),
+        ("complexity_tables", "| window | 13.1 | 2.2 | 64 / 64 | 80.0 [72.0, 88.0] |"),
+        ("complexity_tables", "28,285,666 parameters, Swin-T has 28,288,354: 2,688 more"),
         ("complexity_tables", "| Swin-T | 28 | 4.5 | 81.2 |"),
         ("bra_ablations", "topk 16 instead of 1 costs 1.0x the MACs, 15.0x the time and 16.0x the memory."),
+        ("bra_speed", "| shape | reference | sdpa | bound | window | full |"),
+        ("bra_speed", "| 56 x 56 x 64, topk 1, n_win 7 | 8.00 | 2.00x | 4.00x | 8.00x | 4.00x |"),
+        ("bra_speed", "| 224 x 224 x 64, topk 4, n_win 7 | oom | 50.0 | 25.0 | 8.00 | oom |"),
+        ("bra_speed", "| geometric mean of the eight shapes |  | 6.00x | 8.94x | 19.0x | 4.24x |"),
+        ("bra_speed", "| 224 x 224 x 64, topk 4, n_win 7 | 896 | 4.00x | 4.00x | 4.00x | 4.00x |"),
+        ("bra_speed", "| shape | reference | flex | sdpa | bound | window | full |"),
+        ("bra_speed", "| 56 x 56 x 64, topk 1, n_win 7 | 8.00 | unsupported | 2.00x | 4.00x | 8.00x | 4.00x |"),
+        ("bra_speed", "| sdpa | forward | fp32 | near 71 (not faster at 56, faster at 112) |"),
+        ("bra_speed", "| reference | forward | fp32 | not faster up to 112, the largest grid measured with both |"),
+        ("bra_speed", "Forward, sdpa: 6.00x (geometric mean of 2; least 2.00x, at 56 x 56 x 64, topk 1, n_win 7)"),
+        ("bra_speed", "reference, 4.00x (geometric mean of 3; least 4.00x, at 56 x 56 x 64, topk 1, n_win 7) less"),
         ("bra_ablations", "avgpool from 64 to 16 keys per query, takes 25% of the time and 25% of the memory"),
+        ("bra_ablations", "from 1 to 16: projection goes from 50% to 50% of the MACs; routing is 10.00% to 10.00%."),
+        ("latency_and_pareto", "Forward at 16 x 16: from 1.00 ms with my_plugin to 48.0 ms with full, over 4"),
+        ("latency_and_pareto", "| bra | 8.00 | 64.0 | 4.10 | 4.00 | yes | yes |"),
+        ("latency_and_pareto", "| full | oom | 16,384 | 4.10 | 4.00 |  |  |"),
+        ("latency_and_pareto", "| full | forward | no break-even from 8 to 16: 0.0417x the cost | no break-even from "),
+        ("latency_and_pareto", "it is faster throughout, and takes 0.0417x at 8 and 0.0417x at 16 the other's time."),
+        ("profile_one_config", "this is the result kept on 2026-01-02, of Round Numbers."),
+        ("profile_one_config", "| MACs, by fvcore | 1,010 | +1.00% against the formula |"),
+        ("profile_one_config", "The counters of MACs differ by 1.00%: 1,000 (analytic) to 1,010 (fvcore)."),
+        ("profile_one_config", "The heaviest stage, bra.attend, takes 60% of the step's time."),
+        ("routing_gallery", "| 7 x 7 | 4 | 256 | 8.2% | 10.00% |"),
+        ("routing_gallery", "With 7 x 7 regions, topk 1 reaches 2.0% of the tokens and topk 16 33%"),
+        ("routing_gallery", "no picture: `python -m attention_zoo bra --query 0.37,0.44` draws one."),
     ],
 )  # fmt: skip
 def test_what_is_said_follows_from_the_rows(notebook: str, sentence: str, shown: dict[tuple[str, str], str]) -> None:
@@ -207,14 +305,55 @@ def test_failed_cells_are_listed_with_their_reasons(shown: dict[tuple[str, str],
         ("memory_resolution_curves", ["resolution"]),
         ("complexity_tables", ["models", "resolution", "complexity", "stl"]),
         ("bra_ablations", ["topk", "kv_downsample"]),
+        ("latency_and_pareto", ["resolution"]),
+        ("routing_gallery", ["topk"]),
+        ("bra_speed", ["bra_speed"]),
     ],
 )
 def test_without_data_the_command_is_named_once(
     notebook: str, sweeps: list[str], shown: dict[tuple[str, str], str], out: Path
 ) -> None:
     for sweep in sweeps:
-        assert shown["empty", notebook].count(f"run `python run_all.py --only {sweep}`, then this notebook again.") == 1
+        assert shown["empty", notebook].count(f"`python run_all.py --only {sweep}` makes them.") == 1
     assert not list((out / "empty").glob("figures/*"))
+
+
+@pytest.mark.parametrize(
+    ("ours", "full", "side", "words"),
+    [
+        ({8: 4.0, 32: 4.0}, {8: 1.0, 32: 16.0}, 16.0, "near 16 (not faster at 8, faster at 32)"),
+        (
+            {8: 1.0, 16: 9.0, 32: 1.0},
+            {8: 2.0, 16: 1.0, 32: 9.0},
+            16 * 2**0.5,
+            "near 23 (not faster at 16, faster at 32)",
+        ),
+        ({8: 1.0, 64: 1.0}, {8: 2.0, 32: 1.0}, None, "faster at every measured grid, from 8"),
+        ({8: 3.0, 16: 3.0}, {8: 2.0, 16: 3.0}, None, "not faster up to 16, the largest grid measured with both"),
+        ({8: 3.0}, {16: 3.0}, None, "not measured at one grid"),
+    ],
+)
+def test_break_even(ours: dict[int, float], full: dict[int, float], side: float | None, words: str) -> None:
+    found = break_even.break_even(pd.Series(ours), pd.Series(full))
+    assert found[1] == words and found[0] == (None if side is None else pytest.approx(side))
+
+
+def test_speed_ups_keep_settings_launches_and_batches_apart() -> None:
+    more = {"n_win": "7", "topk": 1}
+    rows = [cell("bra_speed", "bra", "forward", 56, 2**20, 8.0, **more)]
+    rows += [cell("bra_speed", "bra", "forward", 56, 2**20, ms, compiled=True, replicate=r, **more)
+             for r, ms in enumerate((1.0, 2.0, 9.0))]  # fmt: skip
+    big = {"device": "cuda", "dtype": "bf16", "batch": 128} | more
+    rows += [cell("bra_speed", "bra", "forward", 56, 2**20, 6.0, **big)]
+    rows += [cell("bra_speed", "bra", "forward", 56, 2**20, 2.0, cuda_graph=True, **big)]
+    times = speed.ratios(speed.wide(validate(rows), speed.TIME))
+    assert times.columns.tolist() == ["reference", "reference, CUDA graph", "reference, compiled"]
+    plain, graph = times["reference, compiled"].dropna(), times["reference, CUDA graph"].dropna()
+    assert plain.index.tolist() == [("forward", "fp32", 1, 56, 56, 64, 2, 1, "7")] and plain.tolist() == [4.0]
+    assert graph.index.tolist() == [("forward", "bf16", 128, 56, 56, 64, 2, 1, "7")] and graph.tolist() == [3.0]
+    assert speed.geometric_mean(pd.Series([2.0, 18.0, None])) == pytest.approx(6.0)
+    other = cell("bra_speed", "bra", "forward", 56, 2**20, 8.0, n_win="7", topk=8)
+    assert len(speed.of_the_eight(speed.wide(validate([*rows, other]), speed.TIME))) == 2
 
 
 @pytest.mark.parametrize(
@@ -302,3 +441,141 @@ def test_a_file_of_another_schema_is_said_and_left_out(tmp_path: Path, monkeypat
     monkeypatch.setattr(plots, "say", said.append)
     assert plots.load().rows.empty
     assert said[0].startswith("Folder `old` is left out:") and "another schema" in said[0]
+
+
+def test_where_pytorch_is_the_commands_run(tmp_path: Path) -> None:
+    live = [path for path in NOTEBOOKS if path.stem in ("profile_one_config", "routing_gallery")]
+    said = run({"live": environment(tmp_path, tmp_path, blocked=False)}, live)
+    kept = json.loads((tmp_path / one_config.STORED).read_text())
+    assert (kept["name"], kept["config"], kept["status"]) == ("bra", one_config.CONFIG, "ok")
+    assert f"Measured just now on **{kept['device_name']}**" in said["live", "profile_one_config"]
+    assert f"| MACs, by formula | {kept['macs_analytic']:,} |" in said["live", "profile_one_config"]
+    assert "Drawn just now" in said["live", "routing_gallery"]
+    assert (tmp_path / "figures" / "routes.png").stat().st_size > 10_000
+
+
+def test_a_command_that_is_refused_says_why() -> None:
+    with pytest.raises(ValueError, match=r"unknown attention 'none'; valid: .*bra"):
+        programs.run("profiling", "--attention", "none", "--json")
+    with pytest.raises(RuntimeError, match="No module named none"):
+        programs.run("none")
+
+
+def ratio(low: list[float], middle: list[float], high: list[float]) -> pd.DataFrame:
+    return pd.DataFrame({"low": low, "middle": middle, "high": high}, index=[10, 20, 40][: len(low)])
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (ratio([2, 0.5, 0.125], [4, 1, 0.25], [8, 2, 0.5]), [(20, math.sqrt(200), math.sqrt(800), True)]),
+        (ratio([0.125, 0.5], [0.5, 2], [2, 8]), [(math.sqrt(200), None, None, False)]),
+        (ratio([0.125, 0.5, 1], [0.5, 2, 4], [0.5, 2, 4]), [(math.sqrt(200), math.sqrt(200), None, False)]),
+        (ratio([2, 3, 2], [2, 3, 2], [2, 3, 2]), []),
+        (ratio([1, 1], [1, 1], [1, 1]), []),
+        (ratio([0.1], [0.1], [0.1]), []),
+        (ratio([], [], []), []),
+        (
+            ratio([4, 0.25, 4], [4, 0.25, 4], [4, 0.25, 4]),
+            [
+                (math.sqrt(200), math.sqrt(200), math.sqrt(200), True),
+                (math.sqrt(800), math.sqrt(800), math.sqrt(800), False),
+            ],
+        ),
+    ],
+    ids=["interval", "open at both ends", "open above", "none", "equal", "one grid", "no grid", "twice"],
+)
+def test_crossings(measured: pd.DataFrame, expected: list[tuple[float, float | None, float | None, bool]]) -> None:
+    def close(value: float | None) -> Any:
+        return None if value is None else pytest.approx(value)
+
+    found = [(one.side, one.low, one.high, one.falling) for one in crossover.crossings(measured)]
+    assert found == [(close(side), close(low), close(high), falling) for side, low, high, falling in expected]
+
+
+def measured(times: dict[str, list[Any]], **more: Any) -> plots.Results:
+    """A resolution sweep at grids of 8 and 16 with these times."""
+    pairs = [(name, side, ms) for name, both in times.items() for side, ms in zip((8, 16), both, strict=True)]
+    return plots.Results(
+        validate([cell("resolution", name, "forward", side, 100, ms, **more) for name, side, ms in pairs])
+    )
+
+
+def test_break_even_is_said_with_its_interval() -> None:
+    # 1/2 to 2 passes 1 half way in log-log; with quartiles of 0.8 and 1.25, so does 0.32 to 1.28, and 0.78 to 3.1.
+    results = measured({"bra": [1, 2], "window": [2, 1], "full": [4, 8]})
+    low, high = (8 * 2 ** (math.log(1 / start) / math.log(4)) for start in (0.78125, 0.32))
+    with plots.kept():
+        said = crossover.findings(results)
+    assert said == [
+        "Forward, bra (reference implementations) against full: no break-even in the measured range; it is faster "
+        "throughout, and takes 0.250x at 8 and 0.250x at 16 the other's time.",
+        f"Forward, bra (reference implementations) against window: slower from near 11 (between {low:.0f} and "
+        f"{high:.0f}) tokens per side on; at 16 x 16 it takes 2.00x the other's time.",
+    ]
+    assert (round(low), round(high)) == (9, 14)
+
+
+def test_one_common_grid_is_no_range() -> None:
+    with plots.kept():
+        said = crossover.findings(measured({"bra": [1, None], "full": [2, None]}))
+    assert len(said) == 1 and said[0].endswith("it is faster throughout, and takes 0.500x at 8 the other's time.")
+
+
+def test_break_even_compares_like_with_like() -> None:
+    rows = [cell("resolution", "bra", "forward", side, 100, 1.0, impl_requested="sdpa") for side in (8, 16)]
+    rows += [cell("resolution", "full", "forward", side, 100, 1.0) for side in (8, 16)]
+    with plots.kept() as shown:
+        crossover.table(plots.Results(validate(rows)))
+    assert shown == ["The `resolution` sweep holds no rows of bra beside full or window in the same setting."]
+
+
+def test_pareto_front() -> None:
+    costs = pd.DataFrame({"ms": [1, 2, 3, 1, 4], "bytes": [4, 2, 1, 4, 4]}, index=list("abcde"))
+    assert pareto.front(costs).to_dict() == {"a": True, "b": True, "c": True, "d": True, "e": False}
+
+
+def test_membership_of_the_front_knows_noise() -> None:
+    columns = {"latency": [1.0, 1.1, 5.0, 0.5], "low": [0.9, 0.95, 4.9, 0.4], "high": [1.2, 1.3, 5.1, 0.6]}
+    columns |= {"memory": [1.0, 1.0, 1.0, 9.0], "macs": [1.0, 1.0, 1.0, 1.0]}
+    found = pd.DataFrame(columns, index=["fast", "alike", "slow", "large"])
+    found.loc["unknown"] = [float("nan"), float("nan"), float("nan"), 1.0, 1.0]
+    expected = {"fast": "within noise", "alike": "within noise", "slow": "no", "large": "yes", "unknown": ""}
+    assert pareto.membership(found, pareto.COSTS).to_dict() == expected
+
+
+def test_costs_of_a_step_count_the_backward_pass() -> None:
+    row = cell(
+        "resolution", "bra", "forward_backward", 16, 2**20, 1.0, macs_counted=1_000_000, macs_backward_counted=2_000_000
+    )
+    point = pareto.points(plots.Results(validate([row])), "forward_backward").loc["bra"]
+    assert (point["macs"], point["memory"], point["low"], point["high"]) == (3.0, 1.0, 0.8, 1.25)
+
+
+def test_shares_of_the_cost() -> None:
+    row = cell("topk", "bra", "forward", 56, 100, 1.0, n_win="7", topk=4, macs_counted=100, **PARTS)
+    assert cost_split.split(validate([row])).iloc[0].tolist() == [0.5, 0.1, 0.3, 0.1]
+
+
+def test_what_a_topk_reaches() -> None:
+    more = {"n_win": "7", "topk": 4, "regions_per_side": 7, "kv_tokens_per_query": 256, "macs_counted": 100} | PARTS
+    found = routes.reached(plots.Results(validate([cell("topk", "bra", "forward", 56, 100, 1.0, **more)]))).iloc[0]
+    assert (found["regions"], found["keys"], found["share"], found["routing"]) == (49, 256, 256 / 3136, 0.1)
+
+
+def test_numbers_stand_right_and_words_left() -> None:
+    table = pd.DataFrame(
+        {"a": ["full", "bra"], "b": ["1,234", ""], "c": ["2.5 [2, 3]", "oom"], "d": ["7 x 7", "(+1%)"]}
+    )
+    assert export.markdown(table).splitlines()[1] == "| --- | ---: | --- | ---: |"
+    assert r"\begin{tabular}{lrlr}" in export.latex(table, "")
+
+
+def test_what_is_kept_is_neither_shown_nor_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTENTION_FIGURES", str(tmp_path / "figures"))
+    monkeypatch.setenv("ATTENTION_TABLES", str(tmp_path / "tables"))
+    with plots.kept() as shown:
+        figure = crossover.figure(measured({"bra": [1, 2], "full": [2, 1]}))
+        export.publish(pd.DataFrame({"a": ["1"]}), "name", "note")
+        plots.say("one", "two")
+    assert shown == [figure, "| a |\n| ---: |\n| 1 |\n\nnote\n", "- one\n- two"] and not list(tmp_path.iterdir())

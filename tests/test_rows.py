@@ -74,36 +74,39 @@ def test_measurements_are_those_of_time_and_measured_memory() -> None:
     assert not {"memory_predicted_bytes", "memory_base_bytes", "macs_counted", "agreement_error"} & set(MEASURED)
 
 
+BAD = [
+    row(latency_p50_ms=None),
+    failed(reason=None),
+    failed(reason="  \n "),
+    row(status="fine"),
+    row(status=None),
+    row(colour="red"),
+    row(latency_p50_ms=-1.0),
+    row(memory_peak_bytes=-1),
+    row(params=-1),
+    row(topk=-1),
+    row(height=0),
+    row(batch=0),
+    row(height=None),
+    row(height=1.5),
+    row(params="many"),
+    row(latency_p25_ms="fast"),
+    row(compiled=None),
+    row(compiled="yes"),
+    row(soft_routing="maybe"),
+    row(mode="backward"),
+    row(dtype="fp8"),
+    row(device="abacus"),
+    row(kind="thing"),
+    row(latency_stop="bored"),
+    row(sweep=None),
+    row(device_name=""),
+]
+
+
 @pytest.mark.parametrize(
     "bad",
-    [
-        row(latency_p50_ms=None),
-        failed(reason=None),
-        failed(reason="  \n "),
-        row(status="fine"),
-        row(status=None),
-        row(colour="red"),
-        row(latency_p50_ms=-1.0),
-        row(memory_peak_bytes=-1),
-        row(params=-1),
-        row(topk=-1),
-        row(height=0),
-        row(batch=0),
-        row(height=None),
-        row(height=1.5),
-        row(params="many"),
-        row(latency_p25_ms="fast"),
-        row(compiled=None),
-        row(compiled="yes"),
-        row(soft_routing="maybe"),
-        row(mode="backward"),
-        row(dtype="fp8"),
-        row(device="abacus"),
-        row(kind="thing"),
-        row(latency_stop="bored"),
-        row(sweep=None),
-        row(device_name=""),
-    ],
+    BAD,
     ids=lambda bad: " ".join(f"{k}={v}" for k, v in bad.items() if row().get(k, failed().get(k)) != v) or "no reason",
 )
 def test_a_bad_row_is_refused(bad: dict[str, Any]) -> None:
@@ -285,3 +288,61 @@ def test_committed_results_are_of_this_schema() -> None:
         table = load(path)
         assert not table.duplicated(list(KEY)).any(), path
         assert set(table["sweep"]) == {path.stem}, path
+
+
+def plainly_refused(given_row: dict[str, Any]) -> bool:
+    try:
+        rows.check(given_row)
+    except SchemaError:
+        return True
+    return False
+
+
+SINGLE = [
+    *BAD,
+    failed(**measurement("latency_stop")),
+    *(row(**counts(*found), macs_agree=stated) for *found, _ in AGREEMENTS[::4] for stated in (True, False, None)),
+    row(),
+    failed(),
+    row(params=10**18),
+    row(latency_p50_ms=float("nan")),
+    row(latency_p50_ms=float("inf")),
+    row(latency_p25_ms="1e3"),
+    row(macs_counted=7.0),
+    row(macs_counted="٣"),
+]
+
+
+def test_a_single_row_is_held_to_the_rules_of_a_table() -> None:
+    verdicts = []
+    for one in SINGLE:
+        try:
+            validate([one])
+            verdicts.append(False)
+        except SchemaError:
+            verdicts.append(True)
+    assert [plainly_refused(one) for one in SINGLE] == verdicts
+    assert {True, False} == set(verdicts)
+
+
+def test_a_single_row_comes_back_as_it_stands_in_a_file() -> None:
+    assert rows.check(row(latency_p50_ms=1.5)) == [as_text(row().get(name)) for name in COLUMNS]
+    with pytest.raises(SchemaError, match="params"):
+        rows.check(row(params="many"))
+    with pytest.raises(SchemaError, match="colour"):
+        rows.check(row(colour="red"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    column=st.sampled_from(COLUMNS),
+    value=st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.floats(), st.sampled_from(["", "auto", "1", "x"])),
+)
+def test_any_value_is_judged_as_in_a_table(column: str, value: Any) -> None:
+    one = row(**{column: value})
+    try:
+        validate([one])
+    except SchemaError:
+        assert plainly_refused(one)
+    else:
+        assert not plainly_refused(one)

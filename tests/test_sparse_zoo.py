@@ -1,15 +1,17 @@
 """What pooled, neighborhood, deformable, quadtree and linear attention are, each by a slower way of its own."""
 
+from functools import partial
 from itertools import product
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention_zoo import InvalidOption, Unsupported, build, get, neighborhood_flex, quadtree
+from attention_zoo import InvalidOption, Unsupported, build, flex, get, neighborhood_flex, quadtree
 from profiling import memory
 from profiling.case import Case
 
@@ -28,18 +30,7 @@ SMALL: dict[str, list[dict[str, Any]]] = {
 CHOSEN = [(name, impl, chosen) for name, impl in IMPLS for chosen in SMALL[name]]
 
 
-def made(name: str, impl: str = "reference", **chosen: Any) -> nn.Module:
-    """In fp64, with weights large enough that the softmax is far from uniform; the same for each impl."""
-    module = build(name, dim=DIM, num_heads=HEADS, impl=impl, **chosen).double()
-    torch.manual_seed(1)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
-
-
-def image(height: int, width: int, batch: int = 2, dim: int = DIM) -> Tensor:
-    torch.manual_seed(2)
-    return torch.randn(batch, height, width, dim, dtype=torch.float64)
+made, image = partial(conftest.made, dim=DIM, heads=HEADS), partial(conftest.image, dim=DIM)
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -205,7 +196,7 @@ def test_flex_attention_equals_the_reference(
     kernel: int, grid: tuple[int, int], biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but PyTorch's own kernel, which has no backward pass on a CPU: blocks, mask, bias and order of tokens."""
-    monkeypatch.setattr(neighborhood_flex, "_compiled", lambda: dense_flex_attention)
+    monkeypatch.setattr(flex, "compiled", lambda: dense_flex_attention)
     monkeypatch.setattr(neighborhood_flex, "unsupported", lambda x, head_dim: None)
     found = []
     for impl in ("reference", "flex"):

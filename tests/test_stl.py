@@ -1,5 +1,7 @@
 """The Swin-T layout with each attention in place of BRA."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,6 +22,27 @@ def test_shifted_windows_have_swin_t_parameters_but_for_the_patch_merging() -> N
         model = MODELS["biformer_stl"](attention="shifted_window")
     difference = sum(4 * c for c in (96, 192, 384))
     assert sum(p.numel() for p in model.parameters()) == SWIN_T_PARAMETERS - difference
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "published"),
+    [
+        ("pooled", "sr_ratio", [8, 4, 2, 1]),
+        ("spatially_separable", "sr_ratio", [8, 4, 2, 1]),
+        ("cross_shaped", "stripe_width", [1, 2, 7, 7]),
+        ("deformable", "stride", [8, 4, 2, 1]),
+        ("window", "window_size", [7, 7, 7, 7]),
+    ],
+)
+def test_options_by_stage_are_the_published(name: str, option: str, published: list[int]) -> None:
+    def chosen(**options: Any) -> list[int]:
+        with torch.device("meta"):
+            stages = MODELS["biformer_stl"](attention=name, **options).stages
+        first = [next(m for m in stage.modules() if hasattr(m, option)) for stage in stages]
+        return [getattr(module, option) for module in first]
+
+    assert chosen() == published
+    assert chosen(attention_options={option: 3}) == chosen(**{option: 3}) == [3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("name", names())

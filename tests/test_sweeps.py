@@ -170,7 +170,7 @@ def test_what_will_not_fit_is_a_row_and_not_run_unless_asked(tmp_path: Path) -> 
         patience=QUICK,
     )  # fmt: skip
     launcher = Launcher(Settings(results=tmp_path))
-    launcher.available = 2 << 30
+    launcher.devices[0].available = 2 << 30
     launcher.folder.mkdir()
     (launcher.folder / "peaks.csv").write_text(PEAKS)
     list(launcher.run({"refused": large, "asked": replace(large, oversized=True)}))
@@ -230,6 +230,7 @@ def test_a_smoke_run_ends_with_a_summary(smoke: tuple[Path, subprocess.Completed
     found = [line.strip().removeprefix("- ") for line in lines if line.startswith("  - ")]
     assert found == findings(load(*results.glob("*/[!p]*.csv"))) and len(found) == 3
     assert f"[{cells}/{cells}]" in run.stderr
+    assert Path(lines[-1].removeprefix("Report: ")).read_text().startswith("<!doctype html>")
 
 
 def test_predicted_memory_is_that_of_the_smoke_run(smoke: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

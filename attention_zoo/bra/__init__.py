@@ -10,13 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import regions
-from attention_zoo.bra import reference, sdpa, triton
+from attention_zoo.bra import flex, reference, sdpa, triton
 from attention_zoo.bra.kv_downsample import KVDownsample, Mode
 from attention_zoo.bra.routing import Router, auto_regions_per_side
 from attention_zoo.contract import Attention, Impl, InvalidOption, Macs
 from attention_zoo.lepe import depthwise
 from attention_zoo.options import AtLeast0, AtLeast1
 from attention_zoo.registry import register
+from attention_zoo.stages import stage
 
 
 class QKVLinear(nn.Module):
@@ -52,10 +53,13 @@ class BiLevelRoutingAttention(Attention):
         auto_pad: zero-pad the bottom and right of a grid that S does not divide; else such a grid is refused.
         mask_padding: leave that padding out of descriptors, pooling, attention and LePE. The published code,
             and the default here, attends to it.
+        impl: ``flex`` is PyTorch's FlexAttention, with a block mask made from the routes in every step; forward only
+            on a CPU, and never what ``auto`` takes where ``sdpa`` can run. ``triton`` is kernels of our own, on CUDA.
     """
 
+    attends_to = "its region's topk most related regions"
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
-    impls = ("reference", "sdpa", "triton")
+    impls = ("reference", "flex", "sdpa", "triton")
     smallest = {"n_win": 2, "topk": 1, "side_dwconv": 3}
 
     def __init__(
@@ -110,19 +114,25 @@ class BiLevelRoutingAttention(Attention):
         valid = None
         if self.mask_padding and padded is not x:
             valid = regions.inside(height, width, (padded.shape[1], padded.shape[2]), x.device)
-        if impl == "sdpa":
+        if impl == "flex" and not x.is_meta:
+            out, index, weight = flex.forward(self, padded, side)
+        elif impl in ("sdpa", "flex"):
+            # On shapes alone the products of flex are counted as those of sdpa: they are the same.
             out, index, weight = sdpa.forward(self, padded, side)
         elif impl == "triton":
             out, index, weight = triton.forward(self, padded, side, valid)
         else:
             out, index, weight = reference.forward(self, padded, side, valid)
-        return regions.crop(self.wo(out), height, width), index, weight
+        with stage("bra.output"):
+            return regions.crop(self.wo(out), height, width), index, weight
 
     def unsupported(self, impl: str, x: Tensor) -> str | None:
         if impl == "triton":
             return triton.unsupported(self, x)
+        if impl == "flex" and (reason := flex.unsupported(self, x)):
+            return reason
         if (
-            impl == "sdpa"
+            impl in ("sdpa", "flex")
             and self.mask_padding
             and any(size % self.regions_per_side(*x.shape[1:3]) for size in x.shape[1:3])
         ):

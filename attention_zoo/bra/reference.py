@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from attention_zoo import regions
+from attention_zoo.stages import stage
 
 if TYPE_CHECKING:
     from attention_zoo.bra import BiLevelRoutingAttention
@@ -31,26 +32,32 @@ def forward(
         side: regions per side.
         valid: True where the grid holds a real token; None attends to everything, padding included.
     """
-    q, kv = bra.qkv(regions.to_regions(x, side, side)).split([bra.qk_dim, bra.qk_dim + bra.dim], dim=-1)
-    valid_pyx = None if valid is None else regions.to_regions(valid[None, :, :, None], side, side)[0, ..., 0]
-    kv_bpsd, valid_bps = _downsample(bra, kv, valid_pyx)
-    index, weight = bra.router(
-        _descriptor(q, valid_pyx),
-        _descriptor(kv[..., : bra.qk_dim], valid_pyx),
-        # After the reduction: a single fracpool cell need not reach the real tokens of a region.
-        None if valid_bps is None else ~valid_bps.any(-1),
-    )
+    with stage("bra.project"):
+        q, kv = bra.qkv(regions.to_regions(x, side, side)).split([bra.qk_dim, bra.qk_dim + bra.dim], dim=-1)
+        valid_pyx = None if valid is None else regions.to_regions(valid[None, :, :, None], side, side)[0, ..., 0]
+        kv_bpsd, valid_bps = _downsample(bra, kv, valid_pyx)
+    with stage("bra.route"):
+        index, weight = bra.router(
+            _descriptor(q, valid_pyx),
+            _descriptor(kv[..., : bra.qk_dim], valid_pyx),
+            # After the reduction: a single fracpool cell need not reach the real tokens of a region.
+            None if valid_bps is None else ~valid_bps.any(-1),
+        )
     lepe = _lepe(bra, kv[..., bra.qk_dim :], side, valid)
-    routed = _gather(kv_bpsd, index)
-    if bra.soft_routing:
-        routed = weight[..., None, None] * routed
-    elif bra.diff_routing:
-        # Adds exactly zero: the values stay as they are, and the weight gets its gradient.
-        routed = routed * (1 + (weight - weight.detach()))[..., None, None]
-    out = _attend(bra, rearrange(q, "b p y x e -> b p (y x) e"), routed, _routed_mask(valid_bps, index))
-    out = rearrange(out, "b p (y x) c -> b p y x c", y=q.shape[2])
-    out = regions.from_regions(out, side, side)
-    return (out if lepe is None else out + lepe), index, weight
+    with stage("bra.attend"):
+        routed = _gather(kv_bpsd, index)
+        if bra.soft_routing:
+            routed = weight[..., None, None] * routed
+        elif bra.diff_routing:
+            # Adds exactly zero: the values stay as they are, and the weight gets its gradient.
+            routed = routed * (1 + (weight - weight.detach()))[..., None, None]
+        out = _attend(bra, rearrange(q, "b p y x e -> b p (y x) e"), routed, _routed_mask(valid_bps, index))
+        out = rearrange(out, "b p (y x) c -> b p y x c", y=q.shape[2])
+        out = regions.from_regions(out, side, side)
+    if lepe is None:
+        return out, index, weight
+    with stage("bra.lepe"):
+        return out + lepe, index, weight
 
 
 def _descriptor(x: Float[Tensor, "b p y x e"], valid: Bool[Tensor, "p y x"] | None) -> Float[Tensor, "b p e"]:
@@ -110,7 +117,8 @@ def _lepe(
 ) -> Float[Tensor, "b h w c"] | None:
     if bra.lepe is None:
         return None
-    grid = rearrange(v, "b (r q) y x c -> b c (r y) (q x)", r=side, q=side).contiguous()
-    if valid is not None:
-        grid = grid.masked_fill(~valid, 0.0)
-    return rearrange(bra.lepe(grid), "b c h w -> b h w c")
+    with stage("bra.lepe"):
+        grid = rearrange(v, "b (r q) y x c -> b c (r y) (q x)", r=side, q=side).contiguous()
+        if valid is not None:
+            grid = grid.masked_fill(~valid, 0.0)
+        return rearrange(bra.lepe(grid), "b c h w -> b h w c")

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from attention_zoo.bra.triton_ops import bra_attend, bra_pool, bra_route
 from attention_zoo.bra.triton_tiles import LARGEST_HEAD
 from attention_zoo.contract import Unsupported
+from attention_zoo.stages import stage
 
 if TYPE_CHECKING:
     from attention_zoo.bra import BiLevelRoutingAttention
@@ -56,30 +57,42 @@ def forward(
 ) -> tuple[Float[Tensor, "b h w c"], Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
     """BRA before its output projection, and its routes; arguments as of ``reference.forward``."""
     e = bra.qk_dim
-    qkv = bra.qkv(x)
-    if INTERPRETED and qkv.dtype == torch.bfloat16:
-        raise Unsupported("impl='triton': Triton's interpreter multiplies no matrices of bf16; a GPU does")
-    q, k, v = qkv.split([e, e, bra.dim], dim=-1)
-    keys, values, seen = k, v, valid
-    if bra.kv_down.mode != "identity":
-        keys, values, seen = _downsample(bra, torch.cat([k, v], dim=-1), side, valid)
-    index, strength = _routes(bra, qkv[..., : 2 * e], side, valid, seen)
-    factor = None
+    with stage("bra.project"):
+        qkv = bra.qkv(x)
+        if INTERPRETED and qkv.dtype == torch.bfloat16:
+            raise Unsupported("impl='triton': Triton's interpreter multiplies no matrices of bf16; a GPU does")
+        q, k, v = qkv.split([e, e, bra.dim], dim=-1)
+        keys, values, seen = _downsample(bra, k, v, side, valid)
+    with stage("bra.route"):
+        index, strength = _routes(bra, qkv[..., : 2 * e], side, valid, seen)
+    with stage("bra.attend"):
+        factor = _factor(bra, strength)
+        out = bra_attend(q, keys, values, index, factor, seen, bra.num_heads, side, float(bra.scale))[0]
+    if bra.lepe is not None:
+        with stage("bra.lepe"):
+            grid = rearrange(v if valid is None else v.where(valid[..., None], 0), "b h w c -> b c h w")
+            out = out + rearrange(bra.lepe(grid), "b c h w -> b h w c")
+    return out, index, strength
+
+
+def _factor(bra: "BiLevelRoutingAttention", strength: Float[Tensor, "b p k"]) -> Float[Tensor, "b p k"] | None:
+    """What routed keys and values are multiplied by, if anything."""
     if bra.soft_routing:
-        factor = strength.float()
-    elif bra.diff_routing:
-        factor = 1 + (strength - strength.detach()).float()
-    out = bra_attend(q, keys, values, index, factor, seen, bra.num_heads, side, float(bra.scale))[0]
-    if bra.lepe is None:
-        return out, index, strength
-    grid = rearrange(v if valid is None else v.where(valid[..., None], 0), "b h w c -> b c h w")
-    return out + rearrange(bra.lepe(grid), "b c h w -> b h w c"), index, strength
+        return strength.float()
+    return 1 + (strength - strength.detach()).float() if bra.diff_routing else None
 
 
 def _downsample(
-    bra: "BiLevelRoutingAttention", kv: Float[Tensor, "b h w d"], side: int, valid: Bool[Tensor, "h w"] | None
+    bra: "BiLevelRoutingAttention",
+    k: Float[Tensor, "b h w e"],
+    v: Float[Tensor, "b h w c"],
+    side: int,
+    valid: Bool[Tensor, "h w"] | None,
 ) -> tuple[Float[Tensor, "b y x e"], Float[Tensor, "b y x c"], Bool[Tensor, "y x"] | None]:
-    """Keys, values and which of them count, as grids whose regions are rows of 1 x s tokens."""
+    """Keys, values and which of them count; reduced ones as grids whose regions are rows of 1 x s tokens."""
+    if bra.kv_down.mode == "identity":
+        return k, v, valid
+    kv = torch.cat([k, v], dim=-1)
     # Channels last, for PyTorch's pooling: only a view of it moves them.
     tiles = rearrange(kv, "b (r y) (q x) d -> (b r q) y x d", r=side, q=side).movedim(-1, 1)
     seen = None
@@ -90,8 +103,7 @@ def _downsample(
         small, kept = bra.kv_down.masked(tiles, real.repeat(len(kv), 1, 1, 1))
         seen = rearrange(kept[: side**2], "(r q) 1 y x -> r (q y x)", r=side)
     grid = rearrange(small, "(b r q) d y x -> b r (q y x) d", r=side, q=side).to(kv.dtype)
-    k, v = grid.split([bra.qk_dim, bra.dim], dim=-1)
-    return k, v, seen
+    return *grid.split([bra.qk_dim, bra.dim], dim=-1), seen
 
 
 def _routes(

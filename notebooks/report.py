@@ -1,0 +1,182 @@
+"""One page of everything a results folder says: ``python -m notebooks.report results/<device>`` writes report.html.
+
+The page is one file without scripts, and opens offline. It needs the ``notebooks`` extra: matplotlib, seaborn, Jinja.
+"""
+
+import base64
+import io
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from notebooks import (
+    bra_options,
+    break_even,
+    complexity,
+    cost_split,
+    crossover,
+    curves,
+    growth,
+    latency,
+    limits,
+    pareto,
+    published,
+    speed,
+    speed_figure,
+    stl,
+)
+from notebooks.plots import Results, kept
+from profiling.rows import SchemaError
+from profiling.rows import load as load_rows
+
+NAME = "report.html"
+DPI, CSS_PIXELS_PER_INCH, COLOURS = 150, 84, 128
+FACTS = ("device_name", "threads", "driver", "torch", "cuda", "triton", "python")
+"""Columns that say what the numbers were taken with."""
+Step = Callable[[Results], Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: its anchor, the question it answers, what is shown in it, and what is found."""
+
+    anchor: str
+    question: str
+    shown: Sequence[Step]
+    found: Sequence[Callable[[Results], list[str]]] = field(default=())
+
+
+BOTH = ("forward", "forward_backward")
+SECTIONS = (
+    Section("memory", "Which attention fits at my resolution?",
+            [*(partial(curves.figure, mode=mode) for mode in BOTH), limits.limits], [limits.findings]),
+    Section("latency", "Which attention is fast at my resolution?", [latency.figure], [latency.findings]),
+    Section("break-even", "From where on does BRA pay?", [crossover.figure, crossover.table], [crossover.findings]),
+    Section("pareto", "Which attention is not beaten?",
+            [partial(show, mode=mode) for mode in BOTH for show in (pareto.figure, pareto.table)], [pareto.findings]),
+    Section("bra", "What do topk, the number of regions and kv downsampling buy?",
+            [bra_options.topk_maps, bra_options.kv_curves, bra_options.kv_maps, cost_split.figure],
+            [bra_options.findings, cost_split.findings]),
+    Section("speed", "How much faster than as published is each implementation of BRA?",
+            [speed_figure.figure, *(partial(show, mode=mode) for mode in BOTH for show in (speed.speed_table,
+             speed.memory_table)), break_even.table], [speed.findings]),
+    Section("complexity", "What does each attention cost on paper?",
+            [published.models, complexity.attentions, growth.table, stl.table],
+            [complexity.findings, growth.findings]),
+    Section("failed", "Which cells failed, and why?", [limits.failures]),
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report of the folder given; returns the exit status: 0, or 2 with one line if the input is wrong."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        print("usage: python -m notebooks.report results/<device>", file=sys.stderr)
+        return 2
+    try:
+        print(write(Path(arguments[0])))
+    except (FileNotFoundError, SchemaError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(folder: Path) -> Path:
+    """Write report.html into a device's folder of results; returns its path.
+
+    Raises:
+        FileNotFoundError: there is no sweep's CSV in ``folder``.
+        SchemaError: a CSV there is of another schema.
+    """
+    files = sorted(path for path in folder.glob("*.csv") if path.name != "peaks.csv")
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no results of any sweep; `python run_all.py` makes them")
+    path = folder / NAME
+    path.write_text(page(load_rows(*files), [file.name for file in files]), encoding="utf-8")
+    return path
+
+
+def page(rows: pd.DataFrame, files: list[str]) -> str:
+    """The page as HTML, from the rows of one device and the names of the files they stand in."""
+    jinja = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    started = rows["started_at"].dropna().astype(str).str[:10]
+    results = Results(rows)  # one for all sections: each sweep that is not there is said once
+    sections = [_rendered(section, results) for section in SECTIONS]
+    return jinja.get_template("report.html.jinja").render(
+        device=" and ".join(rows["device_name"].unique()),
+        dates=" to ".join(sorted({started.min(), started.max()})) if len(started) else "date not recorded",
+        cells=len(rows),
+        sections=[section for section in sections if section["parts"] or section["found"]],
+        facts=list(_facts(rows)),
+        statuses=sorted(rows["status"].unique(), key=lambda status: (status != "ok", status)),
+        sweeps=list(_sweeps(rows, files)),
+    )
+
+
+def _rendered(section: Section, results: Results) -> dict[str, Any]:
+    with kept() as shown:
+        for show in section.shown:
+            show(results)
+    with kept():
+        found = [sentence for find in section.found for sentence in find(results)]
+    parts = [_image(part) if isinstance(part, Figure) else _html(part) for part in dict.fromkeys(shown)]
+    return {"anchor": section.anchor, "question": section.question, "found": found, "parts": parts}
+
+
+def _html(text: str) -> Markup:
+    """Markdown as HTML; a table gets a frame of its own that scrolls where the window is narrow."""
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    return Markup(html.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>"))
+
+
+def _image(fig: Figure) -> Markup:
+    """A figure as an image within the page; its title is its text for those who cannot see it."""
+    drawn, file = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, dpi=DPI, bbox_inches="tight", pad_inches=0.08, facecolor="white")
+    # Few colours and no dither: a third of the size of SVG, and lines stay sharp.
+    few = Image.open(drawn).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    few.convert("RGB").save(file, "WEBP", lossless=True)
+    data = base64.b64encode(file.getvalue()).decode()
+    width = round(fig.get_size_inches()[0] * CSS_PIXELS_PER_INCH)
+    text = '<figure><img alt="{}" width="{}" src="data:image/webp;base64,{}"></figure>'
+    return Markup(text).format(fig.get_suptitle(), width, data)
+
+
+def _facts(rows: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """What the numbers were taken with: name and value, where recorded."""
+    for column in FACTS:
+        if values := [str(value) for value in rows[column].dropna().unique()]:
+            yield column.replace("_", " "), ", ".join(values)
+    changed = set(rows.loc[rows["dirty"].fillna(False).astype(bool), "commit"].dropna())
+    commits = [
+        f"{commit} (with changes)" if commit in changed else commit for commit in rows["commit"].dropna().unique()
+    ]
+    yield "commit", ", ".join(commits) or "not recorded"
+    yield "time taken by the cells", f"{rows['cell_seconds'].sum():,.0f} s"
+
+
+def _sweeps(rows: pd.DataFrame, files: list[str]) -> Iterator[dict[str, Any]]:
+    """Each file with its cells by status and the days it was measured on."""
+    for name in files:
+        of_sweep = rows[rows["sweep"] == name.removesuffix(".csv")]
+        days = of_sweep["started_at"].dropna().astype(str).str[:10]
+        yield {
+            "file": name, "counts": of_sweep["status"].value_counts().to_dict(),
+            "days": " to ".join(sorted({days.min(), days.max()})) if len(days) else "",
+        }  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

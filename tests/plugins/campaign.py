@@ -1,0 +1,55 @@
+"""What campaigns are tried with: cells that work, crash, take their task with them, or take their time."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from attention_zoo import register
+
+
+class Linear(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor and not x.is_meta:
+            self.act()
+        return self.mix(x)
+
+    def act(self) -> None:
+        """Nothing more."""
+
+
+@register("task_fine")
+class Fine(Linear):
+    """Works."""
+
+
+@register("task_segfault")
+class Segfault(Linear):
+    """Crashes, alone."""
+
+    def act(self) -> None:
+        signal.raise_signal(signal.SIGSEGV)
+
+
+@register("task_killer")
+class Killer(Linear):
+    """Kills the process that runs the cells: its parent is the server it was forked from, and that one's the task."""
+
+    def act(self) -> None:
+        task = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(task, signal.SIGKILL)
+        time.sleep(60)
+
+
+@register("task_slow")
+class Slow(Linear):
+    """Takes its time, once, so that something can happen meanwhile."""
+
+    def act(self) -> None:
+        time.sleep(0.5)

@@ -1,0 +1,223 @@
+"""Several devices on one machine: one cell at a time on each, also between runs, and all of them at work."""
+
+import itertools
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ablations import devices
+from ablations.devices import Device, LaunchError, find
+from ablations.launch import Launcher, Settings
+from ablations.schedule import schedule
+from ablations.store import StoreError
+from ablations.sweep import Sweep
+from attention_zoo import InvalidOption
+from profiling import environment, isolation
+from profiling.latency import QUICK
+from profiling.rows import KEY, load
+
+PEAKS = "what,per_second,unit\nfp32,1e11,FLOP\ncopy,1e10,byte\n"
+TINY = Sweep(
+    question="Who runs it?",
+    expect="whoever is free",
+    axes={"name": ("pseudo_conv", "full"), "seed": (0, 1, 2)},
+    fixed={"grid": 3, "dim": 4, "num_heads": 1, "impl": "reference"},
+    patience=QUICK,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> None:
+    isolation.start()
+
+
+@pytest.fixture(autouse=True)
+def own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "LOCKS", tmp_path)
+
+
+def machine(*names: str) -> list[Device]:
+    """Devices of these models, each with a name and a lock of its own, which run cells on the CPU."""
+    facts, room = environment.describe("cpu"), environment.available_bytes("cpu")
+    return [
+        Device(facts | {"device_name": name}, room, f"GPU-{number}", {"CUDA_VISIBLE_DEVICES": str(number)})
+        for number, name in enumerate(names)
+    ]
+
+
+def run(results: Path, given: list[Device]) -> Launcher:
+    launcher = Launcher(Settings(results=results), given)
+    for model in launcher.models:
+        (results / model).mkdir(parents=True, exist_ok=True)
+        (results / model / "peaks.csv").write_text(PEAKS)
+    for _ in launcher.run({"tiny": TINY}):
+        pass
+    return launcher
+
+
+def test_devices_of_one_model_share_its_cells(tmp_path: Path) -> None:
+    given = machine("Paper GPU", "Paper GPU")
+    taken: Counter[str] = Counter()
+    for device in given:
+        call = device.call
+        device.call = lambda *a, device=device, call=call, **k: taken.update([device.uuid]) or call(*a, **k)  # type: ignore[method-assign]
+    launcher = run(tmp_path, given)
+    table = load(tmp_path / "paper-gpu" / "tiny.csv")
+    assert launcher.report.statuses == {"ok": 6} and set(table["device_name"]) == {"Paper GPU"}
+    assert not table.duplicated(list(KEY)).any() and len(table) == 6
+    assert sum(taken.values()) == 6 and set(taken) == {"GPU-0", "GPU-1"}
+
+
+def test_every_model_has_a_folder_and_runs_every_cell(tmp_path: Path) -> None:
+    launcher = run(tmp_path, machine("Paper GPU", "Parchment GPU", "Paper GPU"))
+    assert [path.parent.name for path in launcher.report.files] == ["paper-gpu", "parchment-gpu"]
+    for path, name in zip(launcher.report.files, ("Paper GPU", "Parchment GPU"), strict=True):
+        table = load(path)
+        assert len(table) == 6 and set(table["device_name"]) == {name} and set(table["status"]) == {"ok"}
+    assert not run(tmp_path, machine("Parchment GPU")).report.statuses
+
+
+def test_a_cell_sees_its_device_alone() -> None:
+    (_, second) = machine("Paper GPU", "Paper GPU")
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    assert second.ask(os.getenv, "CUDA_VISIBLE_DEVICES") == "1"
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+
+
+def in_a_run_of_its_own(uuid: str, folder: str, seconds: float) -> None:
+    """One of several runs that know nothing of each other: hold the GPU, and write down when."""
+    devices.LOCKS = Path(folder)
+    with devices._turn(uuid):
+        begin = time.monotonic()
+        (Path(folder) / "held").touch()
+        time.sleep(seconds)
+        with (Path(folder) / "spans").open("a") as file:
+            file.write(f"{begin} {time.monotonic()}\n")
+
+
+def another_run(uuid: str, folder: Path, seconds: float) -> BaseProcess:
+    process = isolation._context.Process(target=in_a_run_of_its_own, args=(uuid, str(folder), seconds))
+    process.start()
+    return process
+
+
+def test_two_runs_take_turns_on_a_gpu(tmp_path: Path) -> None:
+    for run in [another_run("GPU-x", tmp_path, 0.3) for _ in range(3)]:
+        run.join()
+    found = sorted([float(word) for word in line.split()] for line in (tmp_path / "spans").read_text().splitlines())
+    assert len(found) == 3
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(found))
+
+
+def test_a_lock_of_a_run_that_died_is_free(tmp_path: Path) -> None:
+    holder = another_run("GPU-y", tmp_path, 600)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    holder.kill()
+    holder.join()
+    assert Device(uuid="GPU-y").ask(len, "abc") == 3
+
+
+class Piece:
+    """A cell of nothing but a number; ten for group a, ten for b, and so on."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self.group = number, "ab"[number // 10 % 2]
+
+
+class Watch:
+    """Counts who is at work at once, by what and where."""
+
+    def __init__(self) -> None:
+        self.change = threading.Condition()
+        self.now, self.most, self.begun = Counter[str](), Counter[str](), Counter[str]()
+        self.mixed = False
+
+    def work(self, *places: str, until: Callable[[], bool] = lambda: True) -> None:
+        """Be at work at these places, until something is true."""
+        with self.change:
+            self.now.update(places)
+            self.begun.update(places)
+            for place in places:
+                self.most[place] = max(self.most[place], self.now[place])
+            self.mixed |= bool(self.now["count"] and self.now["measure"])
+            self.change.notify_all()
+            assert self.change.wait_for(until, timeout=60)
+            self.now.subtract(places)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_nothing_runs_beside_a_cpu_that_is_timed_and_one_cell_at_a_time_on_each_device(beside: bool) -> None:
+    watch = Watch()
+    groups = {"a": [Device(uuid="1"), Device(uuid="2")], "b": [Device(uuid="3")]}
+
+    def count(pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+        watch.work("count")
+        return [{"status": "predicted" if piece.number % 5 == 0 else "measure"} for piece in pieces]
+
+    def measure(piece: Piece, row: dict[str, Any], device: Device) -> dict[str, Any]:
+        assert device in groups[piece.group]
+        counted = watch.begun["count"]
+        # The first three wait for each other; where that may be, one of the next for another count meanwhile.
+        number = watch.begun["measure"]
+        others = lambda: watch.begun["measure"] >= 3  # noqa: E731
+        another = lambda: watch.begun["count"] > counted  # noqa: E731
+        waits = {0: others, 1: others, 2: others, 30: another if beside else others}
+        watch.work("measure", str(device.uuid), until=waits.get(number, lambda: True))
+        return row | {"status": "ok"}
+
+    events = list(schedule(map(Piece, range(300)), count, measure, groups, beside))
+    ends = [(piece.number, row["status"]) for done, piece, row in events if done]
+    assert sorted(ends) == [(n, "predicted" if n % 5 == 0 else "ok") for n in range(300)]
+    assert sorted(piece.number for done, piece, _ in events if not done) == list(range(300))
+    assert watch.most["measure"] == 3 and all(watch.most[uuid] == 1 for uuid in "123")
+    assert watch.mixed == beside
+
+
+def test_a_failure_of_the_run_ends_the_cells_at_once(tmp_path: Path) -> None:
+    given = machine("Paper GPU", "Paper GPU")
+    pieces = [Piece(0), Piece(1)]
+
+    def measure(piece: Piece, row: dict[str, Any], device: Device) -> dict[str, Any]:
+        code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'begun')!r}).touch(); time.sleep(600)"
+        return {"status": device.call(exec, code).status}
+
+    running = schedule(pieces, lambda pieces: [{"status": "measure"}] * len(pieces), measure, {"a": given}, beside=True)
+    # As the second begins to be measured, the first already is.
+    assert [next(running)[0], next(running)[0]] == [False, False]
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.01)
+    begin = time.monotonic()
+    with pytest.raises(StoreError):
+        running.throw(StoreError("the disk is full"))
+    assert time.monotonic() - begin < 60
+
+
+def test_gpus_that_are_not_there_are_named() -> None:
+    with pytest.raises(InvalidOption, match="--gpus chooses among GPUs, and this run is on a CPU"):
+        find("cpu", (0,))
+
+
+def test_gpus_are_chosen_among_those_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_uuids", lambda: ["u0", "u1", "u2"])
+    monkeypatch.setattr(Device, "ask", lambda self, question, kind: {"device_name": self.uuid})
+    assert [device.uuid for device in find("cuda")] == ["u0", "u1", "u2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc, 6")
+    chosen = find("cuda", (2, 1, 2))
+    assert [device.uuid for device in chosen] == ["u2", "u1"]
+    assert [device.variables["CUDA_VISIBLE_DEVICES"] for device in chosen] == ["6", "GPU-abc"]
+    with pytest.raises(InvalidOption, match="--gpus: there is no GPU 3; valid: 0, 1, 2"):
+        find("cuda", (0, 3))
+
+
+@pytest.mark.skipif(bool(environment.check_device("cuda")) is False, reason="there is a GPU here")
+def test_no_gpu_at_all_is_said() -> None:
+    with pytest.raises(LaunchError, match="cannot use cuda: no GPU is visible"):
+        find("cuda")

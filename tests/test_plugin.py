@@ -1,0 +1,76 @@
+"""An attention in one file of its own takes part in the sweeps, the contract test and the gallery."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ablations.sweep import discover
+from attention_zoo import __main__ as drawing
+from attention_zoo import draw, load_plugin, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+PLUGIN = Path(__file__).parent / "plugins" / "row_mean.py"
+
+
+@pytest.fixture
+def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take back what plugins register."""
+    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+    before = set(sys.modules)
+    yield
+    for module in set(sys.modules) - before:
+        if module.startswith("attention plugin"):
+            del sys.modules[module]
+
+
+def test_in_every_sweep_over_attentions(unregistered: None) -> None:
+    load_plugin(PLUGIN)
+    taking_part = {
+        name
+        for name, sweep in discover().items()
+        for case in sweep.cases("cpu")
+        if "row_mean" in (case.name, dict(case.options).get("attention"))
+    }
+    assert {"resolution", "complexity", "stl"} <= taking_part
+
+
+def test_in_the_contract_test(tmp_path: Path) -> None:
+    """And one whose formula is wrong fails there, in the test of the formula."""
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(PLUGIN.read_text().replace("row_mean", "wrong_mean").replace("2 * height", "3 * height"))
+    command = [sys.executable, "-m", "pytest", "tests/test_contract.py", "-k", "_mean", "-rA", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, "--plugin", str(PLUGIN), "--plugin", str(wrong)], cwd=ROOT, capture_output=True, text=True
+    )
+    outcomes = re.findall(r"^(PASSED|FAILED|ERROR) tests/test_contract.py::(\w+)\[([^ \]-]*)", run.stdout, re.MULTILINE)
+    passed = [test for outcome, test, name in outcomes if outcome == "PASSED" and "row_mean" in name]
+    assert len(passed) >= 10 and "test_predicted_memory_is_the_measured" in passed, run.stdout[-2000:]
+    others = {(test, name) for outcome, test, name in outcomes if outcome != "PASSED"}
+    assert others == {("test_macs_equal_the_count", "wrong_mean")}
+
+
+def test_in_the_gallery(
+    unregistered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its panel shows the query's row, and nothing else."""
+    panels: dict[str, torch.Tensor] = {}
+    reach = draw.reach
+
+    def remember(name: str, *arguments: Any, **options: Any) -> torch.Tensor:
+        panels[name] = reach(name, *arguments, **options)
+        return panels[name]
+
+    monkeypatch.setattr(draw, "reach", remember)
+    out = tmp_path / "gallery.png"
+    assert drawing.main(["gallery", "--plugin", str(PLUGIN), "--query", "20,24", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out) and out.stat().st_size > 100_000
+    assert list(panels) == registry.names()
+    reached = torch.zeros(draw.GRID, draw.GRID, dtype=torch.bool)
+    reached[20] = True
+    assert torch.equal(panels["row_mean"] > draw.FAINTEST, reached)
