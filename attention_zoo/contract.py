@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Impl = Literal["auto", "reference", "sdpa", "flex"]
+Impl = Literal["auto", "reference", "sdpa", "flex", "triton"]
 
 
 class InvalidOption(ValueError):

@@ -62,8 +62,21 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _bra_attention(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value, index = (tensor.type().sizes() for tensor in inputs[:4])
+    keys = index[2] * math.prod(key[1:3]) // index[1]
+    return math.prod(query[:3]) * keys * (query[3] + value[3])
+
+
+def _bra_routing(inputs: list[Any], outputs: list[Any]) -> int:
+    batch, regions, channels = inputs[0].type().sizes()
+    return batch * regions**2 * channels // 2
+
+
 FUSED: dict[str, Callable[..., int]] = {
     "aten::scaled_dot_product_attention": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "attention_zoo::bra_attend": _bra_attention,
+    "attention_zoo::bra_route": _bra_routing,
 }
 """Operators that fvcore does not know and would count as nothing."""

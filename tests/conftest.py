@@ -12,6 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+# Before Triton is loaded: without a GPU its kernels are interpreted. What is compiled for a CPU is none of Triton's.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # A torch.device context remembers, at its first use, which functions make tensors: before they are replaced below.
 with torch.device("cpu"):
     torch.empty(0)

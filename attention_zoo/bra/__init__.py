@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attention_zoo import regions
-from attention_zoo.bra import flex, reference, sdpa
+from attention_zoo.bra import flex, reference, sdpa, triton
 from attention_zoo.bra.kv_downsample import KVDownsample, Mode
 from attention_zoo.bra.routing import Router, auto_regions_per_side
 from attention_zoo.contract import Attention, Impl, InvalidOption, Macs
@@ -54,12 +54,12 @@ class BiLevelRoutingAttention(Attention):
         mask_padding: leave that padding out of descriptors, pooling, attention and LePE. The published code,
             and the default here, attends to it.
         impl: ``flex`` is PyTorch's FlexAttention, with a block mask made from the routes in every step; forward only
-            on a CPU, and never what ``auto`` takes where ``sdpa`` can run.
+            on a CPU, and never what ``auto`` takes where ``sdpa`` can run. ``triton`` is kernels of our own, on CUDA.
     """
 
     attends_to = "its region's topk most related regions"
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
-    impls = ("reference", "flex", "sdpa")
+    impls = ("reference", "flex", "sdpa", "triton")
     smallest = {"n_win": 2, "topk": 1, "side_dwconv": 3}
 
     def __init__(
@@ -119,12 +119,16 @@ class BiLevelRoutingAttention(Attention):
         elif impl in ("sdpa", "flex"):
             # On shapes alone the products of flex are counted as those of sdpa: they are the same.
             out, index, weight = sdpa.forward(self, padded, side)
+        elif impl == "triton":
+            out, index, weight = triton.forward(self, padded, side, valid)
         else:
             out, index, weight = reference.forward(self, padded, side, valid)
         with stage("bra.output"):
             return regions.crop(self.wo(out), height, width), index, weight
 
     def unsupported(self, impl: str, x: Tensor) -> str | None:
+        if impl == "triton":
+            return triton.unsupported(self, x)
         if impl == "flex" and (reason := flex.unsupported(self, x)):
             return reason
         if (
