@@ -27,7 +27,11 @@ def kept(values: Values) -> bool:
         return False
     if values["device"] == "cuda":
         return half or not (compiled or values["cuda_graph"])
-    return not (half or values["batch"] > 1 or values["cuda_graph"] or (compiled and not small))
+    first = tuple(values[name] for name in SHAPE) == SHAPES[0]
+    published = tuple(values[name] for name in SHAPE) in SHAPES
+    # To compile takes a CPU 10 s a process; kernels for GPUs would be a row that says so, each time.
+    slow = (compiled and not first) or (values["impl"] == "flex" and not (small and published))
+    return not (slow or half or values["batch"] > 1 or values["cuda_graph"] or values["impl"] == "triton")
 
 
 SWEEP = Sweep(

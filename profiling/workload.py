@@ -77,6 +77,8 @@ class Workload:
 
         # Workers for compilation would outlive the cell and be reported as leaked.
         torch._inductor.config.compile_threads = 1
+        # What an earlier process compiled would be taken for a fast compilation.
+        torch._inductor.config.force_disable_caches = True
         if hasattr(torch._dynamo.config, "trace_autograd_ops"):
             # A backward pass of one's own may differentiate what it recomputes.
             torch._dynamo.config.trace_autograd_ops = True
