@@ -1,5 +1,6 @@
 """One step of work on a module: what every meter runs."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal
@@ -79,6 +80,7 @@ class Workload:
         torch._inductor.config.compile_threads = 1
         # What an earlier process compiled would be taken for a fast compilation.
         torch._inductor.config.force_disable_caches = True
+        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
         if hasattr(torch._dynamo.config, "trace_autograd_ops"):
             # A backward pass of one's own may differentiate what it recomputes.
             torch._dynamo.config.trace_autograd_ops = True

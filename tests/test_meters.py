@@ -2,7 +2,9 @@
 
 import doctest
 import json
+import platform
 import resource
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -504,3 +506,22 @@ def test_the_environment_is_described_in_columns() -> None:
     assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
     assert facts["python"] == ".".join(map(str, sys.version_info[:3])) and facts["cuda"] is None
     assert 2**20 < environment.available_bytes("cpu") < 2**50
+
+
+FAULTS_OF_A_STEP = """
+import resource, torch
+from profiling import latency
+latency.keep_freed_memory()
+for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    one, two = torch.ones(4 << 20), torch.ones(4 << 20)
+    del one, two
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is the allocator of glibc that is told")
+def test_what_is_freed_is_kept_for_the_next_step() -> None:
+    # Two tensors of 16 MiB are 8192 pages: to be faulted in anew, had they been given back.
+    done = subprocess.run([sys.executable, "-c", FAULTS_OF_A_STEP], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
