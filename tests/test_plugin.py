@@ -68,7 +68,8 @@ def test_in_the_gallery(
 
     monkeypatch.setattr(draw, "reach", remember)
     out = tmp_path / "gallery.png"
-    assert drawing.main(["gallery", "--plugin", str(PLUGIN), "--query", "20,24", "--output", str(out)]) == 0
+    query = f"{20.5 / draw.GRID},{24.5 / draw.GRID}"
+    assert drawing.main(["gallery", "--plugin", str(PLUGIN), "--query", query, "--output", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out) and out.stat().st_size > 100_000
     assert list(panels) == registry.names()
     reached = torch.zeros(draw.GRID, draw.GRID, dtype=torch.bool)
