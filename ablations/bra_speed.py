@@ -10,14 +10,11 @@ from profiling.latency import Patience
 SHAPE = ("dim", "num_heads", "grid", "topk", "n_win", "window_size")
 SHAPES = (  # The last is a user's, of 100 GB: 20 channels are one head; 50 divides both sides, near the best n_win, 76.
     (64, 2, 56, 1, 7, 7), (128, 4, 28, 4, 7, 7), (256, 8, 14, 16, 7, 7), (64, 2, 112, 4, 7, 7), (64, 2, 224, 4, 7, 7),
-    (128, 4, 64, 4, 8, 8), (64, 2, 256, 1, 16, 8), (64, 2, 256, 4, 16, 8),
-    (20, 1, (600, 500), 4, 50, 7),
+    (128, 4, 64, 4, 8, 8), (64, 2, 256, 1, 16, 8), (64, 2, 256, 4, 16, 8), (20, 1, (600, 500), 4, 50, 7),
 )  # fmt: skip
 MORE = tuple((64, 2, grid, topk, 7, 7) for grid, topk in ((56, 2), (56, 4), (56, 8), (56, 16), (14, 4), (28, 4)))
-BOUNDS, COMPILED = (
-    [(name, "sdpa") for name in ("bra_gathered", "window", "full")],
-    [("bra", "reference"), ("bra", "sdpa")],
-)
+BOUNDS = [(name, "sdpa") for name in ("bra_gathered", "window", "full")]
+COMPILED = [("bra", "reference"), ("bra", "sdpa")]
 
 
 def kept(values: Values) -> bool:
