@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from attention_zoo import InvalidOption, draw, load_plugin, names, options
 from attention_zoo.checkpoint import load_model
 from attention_zoo.models import MODELS
-from attention_zoo.options import Option
+from attention_zoo.options import Option, argument_type
 
 EXAMPLES = """examples:
   python -m attention_zoo axial                    what a query depends on
@@ -121,7 +121,7 @@ def _add_options(parser: _Parser, name: str, declared: dict[str, Option]) -> Non
             raise InvalidOption(f"option {option.name!r} of {name!r} has the name of a flag; taken: {valid}")
         text = f"{option.describe()} (default: {option.default})".replace("%", "%%")
         group.add_argument(
-            flag, type=_value_of(option), metavar=option.name.upper().rsplit("_")[-1], default=argparse.SUPPRESS,
+            flag, type=argument_type(option), metavar=option.name.upper().rsplit("_")[-1], default=argparse.SUPPRESS,
             nargs="?" if option.default is False else None, const=True if option.default is False else None, help=text,
         )  # fmt: skip
 
@@ -152,17 +152,6 @@ def _check(given: argparse.Namespace) -> None:
         raise InvalidOption(f"{trained[0]} needs --weights, a checkpoint: without one, a model's routes are random")
     if given.output is not None:
         draw.check_format(given.output)
-
-
-def _value_of(option: Option) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            return option.parse(text)
-        except InvalidOption as problem:
-            # The one exception whose message argparse passes on.
-            raise argparse.ArgumentTypeError(str(problem)) from None
-
-    return parse
 
 
 def _pixel(text: str, picture: Float[Tensor, "3 h w"]) -> tuple[int, int]:

@@ -4,8 +4,10 @@ A signature says all there is to say: ``window_size: AtLeast1 = 7`` is an option
 range, ``mode: Literal["a", "b"] = "a"`` one with a list of choices.
 """
 
+import argparse
 import inspect
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -97,6 +99,19 @@ def options_of(cls: type) -> dict[str, Option]:
 def takes_any(cls: type) -> bool:
     """Whether the class takes ``**options`` of any name."""
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
+
+
+def argument_type(option: Option) -> Callable[[str], Any]:
+    """The option as the ``type`` of an argument of argparse, with its own message for what is not valid."""
+
+    def parse(text: str) -> Any:
+        try:
+            return option.parse(text)
+        except InvalidOption as problem:
+            # The one exception whose message argparse passes on.
+            raise argparse.ArgumentTypeError(str(problem)) from None
+
+    return parse
 
 
 def _alternatives(hint: Any) -> list[_Alternative]:

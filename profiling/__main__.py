@@ -4,14 +4,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from attention_zoo import MODELS, InvalidOption, load_plugin, names, options
-from attention_zoo.options import Option
+from attention_zoo.options import argument_type
 from profiling import environment, isolation, page
 from profiling.arguments import Parser, integer, run_reporting
 from profiling.case import CHOICES, Case, available_impls
@@ -143,21 +143,10 @@ def _add_options(parser: Parser, chosen: argparse.Namespace) -> list[str]:
             )
         text = f"{option.describe()} (default: {option.default})".replace("%", "%%")
         group.add_argument(
-            flag, type=_value_of(option), metavar=name.upper().rsplit("_")[-1], default=argparse.SUPPRESS, help=text,
-            nargs="?" if option.default is False else None, const=True if option.default is False else None,
+            flag, type=argument_type(option), metavar=name.upper().rsplit("_")[-1], default=argparse.SUPPRESS,
+            help=text, nargs="?" if option.default is False else None, const=True if option.default is False else None,
         )  # fmt: skip
     return list(declared)
-
-
-def _value_of(option: Option) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            return option.parse(text)
-        except InvalidOption as problem:
-            # The one exception whose message argparse passes on.
-            raise argparse.ArgumentTypeError(str(problem)) from None
-
-    return parse
 
 
 def _name(chosen: argparse.Namespace) -> str:
