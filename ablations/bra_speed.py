@@ -39,7 +39,7 @@ SWEEP = Sweep(
         "mode": ("forward", "forward_backward"), "dtype": ("fp32", "bf16"), "batch": (1, 128),
         ("compiled", "cuda_graph"): ((False, False), (True, False), (False, True)),
     },
-    fixed={"side_dwconv": 5},
+    fixed={"side_dwconv": 5}, freed_memory="returned",
     smoke={SHAPE: SHAPES[2:3], ("name", "impl"): [*COMPILED, *BOUNDS], ("compiled", "cuda_graph"): [(False, False)]},
     keep=kept, most_macs_on_cpu=200e9, replicates=3, patience=Patience(seconds=0.3), timeout=600,
 )  # fmt: skip

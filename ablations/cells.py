@@ -16,6 +16,8 @@ from profiling.rows import SchemaError, agree
 
 HEADROOM = 0.9
 """Share of the free memory that a cell may be predicted to need."""
+KEPT = 0.3
+"""Share of the free memory above which a cell may not keep what it frees: in pieces, that could be twice as much."""
 Row = dict[str, Any]
 
 
@@ -66,7 +68,10 @@ def _counted(cell: Cell, outcome: Outcome, device: Device) -> Row:
 
 def run(cell: Cell, row: Row, device: Device, peaks: roofline.Peaks) -> Row:
     """The row of a counted cell with its measurement, or how that failed."""
-    outcome = device.call(measure, cell.job, timeout=cell.plan.timeout, memory=_limit(cell, device))
+    job = cell.job
+    if (row.get("memory_predicted_bytes") or 0) > KEPT * device.available:
+        job = replace(job, freed_memory="returned")
+    outcome = device.call(measure, job, timeout=cell.plan.timeout, memory=_limit(cell, device))
     row["started_at"] = _now()
     row["cell_seconds"] += outcome.seconds
     row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})

@@ -1,8 +1,11 @@
 """Two runs side by side: what got faster or slower, by intervals; what else changed, exactly.
 
-A cell that several processes measured is taken at its fastest one, with an interval up to the runner-up
-(``replicates``). With one process, the interval goes from the lower to the upper quartile of its samples, which says
-nothing of what differs between processes: expect more AMBIGUOUS, and false alarms on a busy machine.
+A cell that several processes measured is taken at their median, with the interval of ``replicates``. With one
+process, the interval goes from the lower to the upper quartile of its samples, which says nothing of what differs
+between processes: expect more AMBIGUOUS, and false alarms on a busy machine.
+
+Two runs on the same device with the same PyTorch are compared at the same speed of the machine, as the yardstick
+beside every cell tells it; that speed is shown with the environment.
 """
 
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attention_zoo import InvalidOption
-from profiling.replicates import interval
+from profiling.replicates import at_speed, interval
 from profiling.rows import KEY, STATUSES, load
 
 TOLERANCE = 0.05
@@ -62,7 +65,8 @@ def read(path: Path) -> pd.DataFrame:
 
 def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     """Compare run B with run A."""
-    one, two = _by_case(a), _by_case(b)
+    speed = _speed(a, b)
+    one, two = _by_case(a, speed and speed[0]), _by_case(b, speed and speed[0])
     both = [case for case in one.index if case in two.index]
     cells = pd.DataFrame(
         [_cell(case, one.loc[case], two.loc[case]) for case in both],
@@ -70,7 +74,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     )
     return Comparison(
         cells,
-        _environment(a, b),
+        _environment(a, b) | _told(speed),
         [case for case in one.index if case not in two.index],
         [case for case in two.index if case not in one.index],
     )
@@ -137,8 +141,24 @@ def markdown(found: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _by_case(rows: pd.DataFrame) -> pd.DataFrame:
+def _speed(a: pd.DataFrame, b: pd.DataFrame) -> tuple[float, float] | None:
+    """The yardstick of both runs in ms; None if it is not the same work on the same device, or there is none."""
+    sides = [rows.dropna(subset="yardstick_ms") for rows in (a, b)]
+    if any(side.empty for side in sides) or pd.concat(sides)[["device_name", "torch"]].drop_duplicates().shape[0] > 1:
+        return None
+    one, two = (float(side["yardstick_ms"].median()) for side in sides)
+    return one, two
+
+
+def _told(speed: tuple[float, float] | None) -> dict[str, tuple[str, str]]:
+    one, two = (f"{ms:.3g}" for ms in speed or (0, 0))
+    return {} if one == two else {"yardstick_ms": (one, f"{two}, allowed for")}
+
+
+def _by_case(rows: pd.DataFrame, yardstick: float | None) -> pd.DataFrame:
     """One row per case, over its replicates: interval, worst status, exact columns."""
+    if yardstick:
+        rows = at_speed(rows, yardstick)
     names = [_named(values) for values in rows[CASE].itertuples(index=False, name=None)]
     rows = rows.assign(case=names, rank=rows["status"].map(WORSE))
     groups = rows.groupby("case", sort=False)
@@ -156,8 +176,7 @@ def _interval(rows: pd.DataFrame) -> tuple[float, float, float] | None:
     if len(timed) == 1:
         low, middle, high = (float(timed[f"latency_{q}_ms"].iloc[0]) for q in ("p25", "p50", "p75"))
         return low, middle, high
-    low, high = interval([float(median) for median in timed["latency_p50_ms"]])
-    return low, low, high
+    return interval([float(median) for median in timed["latency_p50_ms"]])
 
 
 def _named(values: tuple[object, ...]) -> str:

@@ -66,7 +66,7 @@ class Launcher:
     def run(self, sweeps: dict[str, Sweep]) -> Iterator[tuple[Cell, int, int]]:
         """Run what is not finished; yields each cell before it runs, with its number and their total.
 
-        Where a sweep wants several processes for a case, more of them follow until the fastest agree.
+        Where a sweep wants several processes for a case, more of them follow until they agree.
         """
         self.report = Report(self.folder)
         with contextlib.ExitStack() as held:
@@ -109,7 +109,8 @@ class Launcher:
         return Cell(name, case, self._job(case, sweep), store, sweep, model)
 
     def _job(self, case: Case, sweep: Sweep) -> Job:
-        return Job(case, self.settings.plugins, QUICK if self.settings.smoke else sweep.patience)
+        patience = QUICK if self.settings.smoke else sweep.patience
+        return Job(case, self.settings.plugins, patience, sweep.freed_memory)
 
     def _stores(self, sweeps: dict[str, Sweep], model: str) -> dict[str, Store]:
         return {name: Store(self.settings.results / model / f"{name}.csv") for name in sweeps}
@@ -128,16 +129,16 @@ class Launcher:
                     yield self.cell(name, sweep, case, store, model)
 
     def _unsettled(self, sweeps: dict[str, Sweep], model: str, stores: dict[str, Store]) -> Iterator[Cell]:
-        """One more process for every case whose fastest processes do not agree."""
+        """One more process for every case whose processes do not agree yet."""
         device = self.models[model][0].facts["device_name"]
         for name, sweep in sweeps.items():
             if sweep.replicates == 1 or self.settings.smoke:
                 continue
-            medians = stores[name].medians()
+            times = stores[name].times()
             for case in dict.fromkeys(replace(case, replicate=0) for case in dealt(sweep, self.settings)):
                 processes = (replace(case, replicate=n) for n in itertools.count())
                 keys = (process.key(name, device) for process in processes)
-                found = [medians[key] for key in itertools.takewhile(medians.__contains__, keys)]
+                found = [times[key] for key in itertools.takewhile(times.__contains__, keys)]
                 if found and None not in found and not settled([ms for ms in found if ms is not None]):
                     yield self.cell(name, sweep, replace(case, replicate=len(found)), stores[name], model)
 

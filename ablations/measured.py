@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from profiling.case import Case
-from profiling.replicates import fastest
+from profiling.replicates import typical
 from profiling.rows import KEY, as_text
 
 ASIDE = {"sweep", "impl_requested", "seed", "replicate", "device_name", "height", "width", "auto_pad"}
@@ -33,18 +33,20 @@ class Measured:
     """The rows of one device, to be asked for cases."""
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        rows = fastest(rows)
+        rows = typical(rows)
         self._rows = rows[~rows["status"].isin(("predicted", "oom"))]
         self._text = self._rows[list(KEY)].map(as_text)
 
     def latency(self, case: Case) -> Latency:
         """The case's latency; between the two nearest measured grids of its shape by a power law, never beyond them.
 
-        Of several processes the fastest counts; of the same case in several sweeps, the median.
+        Of several processes the one in the middle counts; of the same case in several sweeps, the median of those
+        that kept freed memory, if any did.
         """
         rows = self._same(case)
         rows = rows[(rows["status"] == "ok") & (rows["height"] * case.width == rows["width"] * case.height)]
-        known = rows.groupby(["height", "width"])["latency_p50_ms"].median()
+        returned = rows["freed_memory"] == "returned"
+        known = _medians(rows[~returned.fillna(False)]).combine_first(_medians(rows))
         grids = sorted((int(height), int(width)) for height, width in known.index)
         wanted = (case.height, case.width)
         if wanted in grids:
@@ -74,6 +76,10 @@ class Measured:
         for column in set(KEY) - ASIDE - _irrelevant(case):
             same &= self._text[column] == as_text(who.get(column))
         return self._rows[same]
+
+
+def _medians(rows: pd.DataFrame) -> pd.Series:
+    return rows.groupby(["height", "width"])["latency_p50_ms"].median()
 
 
 def _irrelevant(case: Case) -> set[str]:

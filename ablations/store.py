@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from attention_zoo import InvalidOption
+from profiling.replicates import at_speed
 from profiling.rows import COLUMNS, KEY, check, load
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
@@ -61,10 +62,12 @@ class Store:
                 _append(self.path, "".join(map(_line, new.values())))
         self._status |= {key: text[len(KEY)] for key, text in latest.items()}
 
-    def medians(self) -> dict[tuple[str, ...], float | None]:
-        """The median latency of every row in ms, by its key; None where there is none."""
-        place = COLUMNS.index("latency_p50_ms")
-        return {tuple(text[: len(KEY)]): float(text[place]) if text[place] else None for text in read(self.path)}
+    def times(self) -> dict[tuple[str, ...], float | None]:
+        """The median latency of every row in ms at the same speed of the machine, by its key; None where none is."""
+        rows = self.frame()
+        times = at_speed(rows, rows["yardstick_ms"].median())["latency_p50_ms"]
+        keys = (tuple(text[: len(KEY)]) for text in read(self.path))
+        return {key: None if time != time else time for key, time in zip(keys, times, strict=True)}
 
     def frame(self) -> pd.DataFrame:
         """All rows."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ablations.launch import Report
-from profiling.replicates import fastest
+from profiling.replicates import typical
 from profiling.rows import load
 
 MIB = 2**20
@@ -23,7 +23,7 @@ def show(report: Report, seconds: float) -> None:
     print("Files:")
     for path in report.files:
         print(f"  {path}")
-    found = findings(fastest(load(*report.files)))
+    found = findings(typical(load(*report.files)))
     if found:
         print("Findings:")
         for finding in found:

@@ -10,6 +10,7 @@ from typing import Any
 
 from attention_zoo import InvalidOption, names, options
 from profiling.case import Case
+from profiling.cell import FreedMemory
 from profiling.latency import STANDARD, Patience
 
 CASE_FIELDS = {f.name for f in fields(Case)} - {"options"}
@@ -34,8 +35,10 @@ class Sweep:
         most_macs_on_cpu: cases of more MACs per step are predicted only on a CPU, where they would take minutes and
             tell no more than their prediction does.
         replicates: processes that measure each case, interleaved in random order; if several, more of them are asked
-            until the fastest agree (``profiling.replicates``).
+            until they agree (``profiling.replicates``).
         patience: when to stop timing a case.
+        freed_memory: CPU: whether memory that a step frees is kept for the next one, or large blocks are returned to
+            the system, as the C library does by default.
         timeout: seconds a cell may take.
         oversized: run cells even where they are predicted not to fit the device.
     """
@@ -50,6 +53,7 @@ class Sweep:
     most_macs_on_cpu: float = math.inf
     replicates: int = 1
     patience: Patience = STANDARD
+    freed_memory: FreedMemory = "kept"
     timeout: float = 300.0
     oversized: bool = False
 

@@ -20,7 +20,7 @@ import seaborn as sns
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
-from profiling.replicates import fastest
+from profiling.replicates import typical
 from profiling.rows import SchemaError
 from profiling.rows import load as load_rows
 
@@ -111,7 +111,7 @@ def load() -> Results:
     others = [folder for folder in tables if folder != chosen]
     rest = f" Also there: {', '.join(others)}; `ATTENTION_DEVICE` chooses." if others else ""
     say(f"Device: **{' and '.join(tables[chosen]['device_name'].unique())}**, folder `{chosen}`.{rest}")
-    return Results(fastest(tables[chosen]))
+    return Results(typical(tables[chosen]))
 
 
 def _preferred(tables: dict[str, pd.DataFrame]) -> str:

@@ -36,7 +36,7 @@ from notebooks import (
     stl,
 )
 from notebooks.plots import Results, kept
-from profiling.replicates import fastest
+from profiling.replicates import typical
 from profiling.rows import SchemaError
 from profiling.rows import load as load_rows
 
@@ -113,7 +113,7 @@ def page(rows: pd.DataFrame, files: list[str]) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     started = rows["started_at"].dropna().astype(str).str[:10]
-    results = Results(fastest(rows))  # one for all sections: each sweep that is not there is said once
+    results = Results(typical(rows))  # one for all sections: each sweep that is not there is said once
     sections = [_rendered(section, results) for section in SECTIONS]
     return jinja.get_template("report.html.jinja").render(
         device=" and ".join(rows["device_name"].unique()),

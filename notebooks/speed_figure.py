@@ -35,7 +35,7 @@ def figure(results: Results) -> Figure:
     handles = [Line2D([], [], linestyle="", label=who, **_look(who)) for who in shown.columns]
     fig.legend(handles=handles, loc="outside right center")
     fig.suptitle("BRA: times as fast as the published implementation", x=0.01, ha="left", weight="bold", fontsize=14)
-    caption(fig, rows, "The fastest of the processes that measured each. Bound: keys and values gathered already.")
+    caption(fig, rows, "The median of the processes that measured each. Bound: keys and values gathered already.")
     return save(fig, "bra_speed")
 
 

@@ -7,29 +7,39 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from attention_zoo import Unsupported, load_plugin
-from profiling import agreement, environment, latency, macs, memory, trace
+from profiling import agreement, environment, latency, macs, memory, steady, trace
 from profiling.case import Case
 from profiling.rows import agree
 from profiling.trace import sdpa_backend
 from profiling.workload import Workload, check_graphs
 
+FreedMemory = Literal["kept", "returned"]
 ATTEMPTS = 3
 """How often a cell is timed, at most, on a GPU that throttles."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A case, and what a fresh process needs to run it."""
+    """A case, and what a fresh process needs to run it.
+
+    Attributes:
+        case: what is measured.
+        plugins: files to import first.
+        patience: when to stop timing.
+        freed_memory: CPU: whether the C library keeps what a step frees for the next one, or large blocks are
+            returned to the system at once, as by default.
+    """
 
     case: Case
     plugins: tuple[str, ...] = ()
     patience: latency.Patience = latency.STANDARD
+    freed_memory: FreedMemory = "kept"
 
     def load(self) -> None:
         """Import the plugins."""
@@ -77,8 +87,10 @@ def measure(job: Job) -> dict[str, Any]:
         Unsupported: the implementation, or a CUDA graph, cannot run here.
     """
     job.load()
-    latency.keep_freed_memory()
     case = job.case
+    if case.device == "cpu":
+        steady.keep_freed_memory(large_blocks=job.freed_memory == "kept")
+        steady.displace_memory()
     if case.cuda_graph:
         check_graphs(case.device)
     if case.deterministic:
@@ -94,6 +106,8 @@ def measure(job: Job) -> dict[str, Any]:
             return columns | {"status": "incorrect", "reason": f"{found.where} is off by {found.error:.2g}"}
     work = case.workload(case.device)
     columns |= compilation | {"impl": case.implementation(work)}
+    if case.device == "cpu":
+        columns["freed_memory"] = job.freed_memory
     # To be watched, FlexAttention would have to run uncompiled, and write out every score of the grid.
     if columns["impl"] != "reference" and "flex" not in columns["impl"]:
         with work.settings():

@@ -3,15 +3,16 @@
 On CUDA there are two clocks: wall time of a step as a program sees it, and device time with a cold L2 cache.
 """
 
-import ctypes
 import math
+import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from profiling.steady import EVERY, Yardstick
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,19 @@ L2_FLUSH_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Latency:
-    """Samples of one clock, in milliseconds, and why sampling stopped."""
+    """Samples of one clock, in milliseconds, and why sampling stopped.
+
+    Attributes:
+        samples: the samples.
+        stop: why there are no more.
+        yardstick: CPU: the time of the yardstick between them, in ms.
+        system_share: CPU: the share of their processor time that was spent in the kernel.
+    """
 
     samples: list[float]
     stop: str
+    yardstick: float | None = None
+    system_share: float | None = None
 
     def quantile(self, q: float) -> float:
         """The q-quantile, interpolated."""
@@ -62,7 +72,7 @@ class Latency:
         """A distribution-free 95 % interval of the median: two order statistics (the extremes below 6 samples)."""
         return _interval(sorted(self.samples))
 
-    def columns(self) -> dict[str, float | int | str]:
+    def columns(self) -> dict[str, float | int | str | None]:
         """As columns of a row."""
         low, high = self.interval
         return {
@@ -70,25 +80,12 @@ class Latency:
             "latency_p75_ms": self.quantile(0.75), "latency_p95_ms": self.quantile(0.95),
             "latency_low_ms": low, "latency_high_ms": high,
             "latency_samples": len(self.samples), "latency_stop": self.stop,
+            "yardstick_ms": self.yardstick, "system_share": self.system_share,
         }  # fmt: skip
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, as a process does that has run for long.
-
-    By default glibc gives blocks back to the system or not, by what happens to lie beside them: the same luck for all
-    processes forked from one server, and up to 2.7x the time between one run and the next. Blocks of more than 32 MiB
-    go back at once, here as in every process that uses glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_threshold, 32 << 20)
-
-
 def measure(step: Callable[[], object], device: str, patience: Patience = STANDARD) -> Latency:
-    """Wall time of ``step``, the device synchronised before and after each sample."""
+    """Wall time of ``step``, the device synchronised before and after each sample; on a CPU beside a yardstick."""
     wait = torch.cuda.synchronize if device == "cuda" else _nothing
 
     def run(times: int) -> float:
@@ -102,7 +99,22 @@ def measure(step: Callable[[], object], device: str, patience: Patience = STANDA
     run(1)
     first = run(1)
     repeats = max(1, math.ceil(SAMPLE_MS / max(first, 1e-4)))
-    return _collect(lambda: run(repeats), patience, [first] if repeats == 1 else [])
+    kept = [first] if repeats == 1 else []
+    if device == "cuda":
+        return _collect(lambda: run(repeats), patience, kept)
+    yardstick, spent = Yardstick(), _ProcessorTime()
+
+    def sample() -> float:
+        if yardstick.due():
+            yardstick.round()
+            if first < EVERY * 1e3:
+                # A short step would feel that the caches hold something else.
+                run(1)
+        with spent:
+            return run(repeats)
+
+    found = _collect(sample, patience, kept)
+    return replace(found, yardstick=yardstick.median(), system_share=spent.system_share)
 
 
 def measure_device(step: Callable[[], object], patience: Patience = STANDARD) -> Latency:
@@ -146,6 +158,26 @@ def _interval(ordered: list[float]) -> tuple[float, float]:
     n = len(ordered)
     half = 0.98 * math.sqrt(n)
     return ordered[max(0, math.floor(n / 2 - half))], ordered[min(n - 1, math.ceil(n / 2 + half))]
+
+
+class _ProcessorTime:
+    """Processor time of this process over all that ran under it."""
+
+    def __init__(self) -> None:
+        self._user = self._system = 0.0
+
+    def __enter__(self) -> None:
+        self._before = resource.getrusage(resource.RUSAGE_SELF)
+
+    def __exit__(self, *exception: object) -> None:
+        now = resource.getrusage(resource.RUSAGE_SELF)
+        self._user += now.ru_utime - self._before.ru_utime
+        self._system += now.ru_stime - self._before.ru_stime
+
+    @property
+    def system_share(self) -> float:
+        """The share of it that was spent in the kernel."""
+        return self._system / max(self._user + self._system, 1e-9)
 
 
 def _nothing() -> None:

@@ -1,46 +1,64 @@
 """What several processes that measured the same case say together.
 
-Whatever disturbs a process only ever slows it down: another tenant of the machine, a lower clock, pages that lie badly
-in memory. So the fastest process is the nearest to the code's own time, and others that come as near, at other moments
-of the run, are the evidence that it was no accident.
+Processes differ by the moment, since others share the machine, and by where their memory lies (``steady``). What the
+moment does, the yardstick beside them tells in part; of the rest the median is taken.
 """
 
+import statistics
 from collections.abc import Sequence
 
 import pandas as pd
 
-from profiling.rows import KEY
+from profiling.rows import COLUMNS, KEY
 
-AGREEMENT = 0.04
-"""By how much the three fastest processes may differ before more of them are asked."""
+AGREEMENT = 0.03
+"""How wide the interval of the processes may be, as a share of its middle, before more of them are asked."""
 MOST = 9
 """Processes that are asked at most."""
+TIMES = [column for column in COLUMNS if column.startswith("latency_") and column.endswith("_ms")]
 
 
-def interval(medians: Sequence[float]) -> tuple[float, float]:
-    """The median of the fastest process and of the runner-up, of at least two."""
-    low, high = sorted(medians)[:2]
-    return low, high
+def interval(medians: Sequence[float]) -> tuple[float, float, float]:
+    """The median of the processes, between their quartiles; between the extremes of fewer than five."""
+    ordered, middle = sorted(medians), statistics.median(medians)
+    cut = len(ordered) // 4 if len(ordered) > 4 else 0
+    return ordered[cut], middle, ordered[-1 - cut]
 
 
 def settled(medians: Sequence[float]) -> bool:
-    """Whether the three fastest processes agree, or there were as many as are asked at most."""
+    """Whether there are three processes and they agree, or as many as are asked at most."""
     if len(medians) < 3:
         return False
-    low, _, third = sorted(medians)[:3]
-    return third <= low * (1 + AGREEMENT) or len(medians) >= MOST
+    low, middle, high = interval(medians)
+    return high - low <= AGREEMENT * middle or len(medians) >= MOST
 
 
-def fastest(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per case, of several processes the fastest; its interval then reaches up to the runner-up's median.
+def at_speed(rows: pd.DataFrame, reference: float) -> pd.DataFrame:
+    """The rows with the times that they would have, had the yardstick beside them taken ``reference`` ms.
 
-    What the fastest did not measure, another one did: it is filled in.
+    The kernel's share of a time is left alone: no yardstick tells how fast it gives out pages. A row without a
+    yardstick, as on CUDA, stays as it is.
+    """
+    factor = (reference / rows["yardstick_ms"]) ** (1 - rows["system_share"])
+    times = rows[TIMES].mul(factor.fillna(1.0), axis=0)
+    return rows.assign(**{column: times[column] for column in TIMES})
+
+
+def typical(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per case: of several processes the one in the middle, with the interval of them all.
+
+    What it did not measure, another one did: that is filled in.
     """
     case = [column for column in KEY if column != "replicate"]
     if not rows.duplicated(case).any():
         return rows
-    ranked = rows.sort_values("latency_p50_ms", kind="stable")
-    groups = ranked.groupby(ranked.groupby(case, dropna=False, sort=False).ngroup())
-    found, runner_up = groups.first(), groups["latency_p50_ms"].apply(lambda medians: medians.iloc[:2].max())
-    found["latency_high_ms"] = found["latency_high_ms"].where(found["latency_high_ms"] > runner_up, runner_up)
+    number = rows.groupby(case, dropna=False, sort=False).ngroup()
+    medians = rows["latency_p50_ms"].groupby(number)
+    from_middle = (rows["latency_p50_ms"] - medians.transform("median")).abs()
+    ranked = rows.assign(number=number, from_middle=from_middle).sort_values("from_middle", kind="stable")
+    found = ranked.groupby("number").first()
+    several = medians.agg(list).map(lambda times: [time for time in times if time == time])
+    for name, place in (("latency_low_ms", 0), ("latency_high_ms", 2)):
+        together = several.map(lambda times, place=place: interval(times)[place] if len(times) > 1 else None)
+        found[name] = together.astype("float64").fillna(found[name])
     return found.reset_index(drop=True)[list(rows.columns)].astype(rows.dtypes.to_dict())

@@ -134,6 +134,12 @@ class Row(pa.DataFrameModel):
     latency_stop: Series[pd.StringDtype] = _text(
         "Why sampling stopped: converged, time_limit or max_samples.", isin=("converged", "time_limit", "max_samples")
     )
+    yardstick_ms: Series[float] = _number(
+        "CPU: time of a fixed product and copy, taken between the samples: how fast the machine was just then."
+    )
+    system_share: Series[float] = _number(
+        "CPU: share of the steps' processor time spent in the kernel, mostly on pages given anew."
+    )
     compile_ms: Series[float] = _number("First call under torch.compile.")
     device_time_p50_ms: Series[float] = _number("CUDA: median time on the device with a cold L2 cache.")
     launch_bound: Series[float] = _number(
@@ -149,6 +155,10 @@ class Row(pa.DataFrameModel):
     )
     agreement_tolerance: Series[float] = _number("The error allowed: a multiple of the reference's own in this dtype.")
     threads: Series[pd.Int64Dtype] = _count("CPU threads PyTorch used.")
+    freed_memory: Series[pd.StringDtype] = _text(
+        "CPU: kept: all that a step frees serves the next. returned: blocks over 32 MiB go back, as glibc has it.",
+        isin=("kept", "returned"),
+    )
     driver: Series[pd.StringDtype] = _text("CUDA driver.")
     torch: Series[pd.StringDtype] = _text("PyTorch version.")
     cuda: Series[pd.StringDtype] = _text("CUDA version PyTorch was built with.")
@@ -192,7 +202,9 @@ KINDS: dict[str, str] = {name: str(column.dtype).lower() for name, column in Row
 MEASURED: tuple[str, ...] = tuple(
     column
     for column in COLUMNS
-    if column.startswith(("latency_", "device_time", "memory_peak", "memory_reserved", "achieved_", "roofline_"))
+    if column.startswith(
+        ("latency_", "device_time", "memory_peak", "memory_reserved", "yardstick_", "system_", "achieved_", "roofline_")
+    )
 )
 
 

@@ -509,19 +509,21 @@ def test_the_environment_is_described_in_columns() -> None:
 
 
 FAULTS_OF_A_STEP = """
-import resource, torch
-from profiling import latency
-latency.keep_freed_memory()
+import resource, sys, torch
+from profiling import steady
+steady.keep_freed_memory(large_blocks=bool(int(sys.argv[1])))
 for _ in range(10):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    one, two = torch.ones(4 << 20), torch.ones(4 << 20)
+    one, two = torch.ones(4 << 20), torch.ones(int(sys.argv[2]) << 18)
     del one, two
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is the allocator of glibc that is told")
-def test_what_is_freed_is_kept_for_the_next_step() -> None:
-    # Two tensors of 16 MiB are 8192 pages: to be faulted in anew, had they been given back.
-    done = subprocess.run([sys.executable, "-c", FAULTS_OF_A_STEP], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100
+@pytest.mark.parametrize(("large_blocks", "mebibytes", "kept"), [(0, 16, True), (0, 64, False), (1, 64, True)])
+def test_what_is_freed_is_kept_for_the_next_step(large_blocks: int, mebibytes: int, kept: bool) -> None:
+    # Pages of 4 KiB, to be faulted in anew had they been given back.
+    words = [sys.executable, "-c", FAULTS_OF_A_STEP, str(large_blocks), str(mebibytes)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100 if kept else int(done.stdout) > 10_000

@@ -19,7 +19,7 @@ from attention_zoo import InvalidOption, build, get, load_plugin, names, options
 from notebooks.limits import crossing
 from profiling.__main__ import EXAMPLES as PROFILING
 from profiling.__main__ import _parser
-from profiling.replicates import fastest
+from profiling.replicates import typical
 from profiling.rows import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ def test_the_table_is_put_between_its_comments_and_nowhere_else(tmp_path: Path) 
 
 
 def test_the_finding_is_in_the_results() -> None:
-    rows = fastest(load(ROOT / "results/intel-xeon-2-threads/resolution.csv"))
+    rows = typical(load(ROOT / "results/intel-xeon-2-threads/resolution.csv"))
     steps = rows[rows["mode"] == "forward_backward"].set_index("height").sort_index()
     told = " ".join(README.split())
     for name, words in (("full", "with full attention"), ("bra", "with BRA as published")):

@@ -90,9 +90,15 @@ def test_sizes_in_words(size: float, words: str) -> None:
     assert in_words(size) == words
 
 
-def test_a_measured_cell_is_its_fastest_process() -> None:
+def test_a_measured_cell_is_its_middle_process() -> None:
     rows = [row(case(replicate=replicate), ms) for replicate, ms in enumerate((9.0, 1.0, 4.0))]
-    assert measured(*rows).latency(case()) == Latency(1.0, "measured", ((14, 14),))
+    assert measured(*rows).latency(case()) == Latency(4.0, "measured", ((14, 14),))
+
+
+def test_a_cell_that_kept_freed_memory_is_taken_before_one_that_returned_it() -> None:
+    returned = [row(case(side), 9.0) | {"sweep": "other", "freed_memory": "returned"} for side in (14, 28)]
+    found = measured(row(case(), 4.0) | {"freed_memory": "kept"}, *returned)
+    assert (found.latency(case()).ms, found.latency(case(28)).ms) == (4.0, 9.0)
 
 
 def test_between_grids_latency_follows_the_power_law_through_them() -> None:

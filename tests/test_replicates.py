@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from profiling.case import Case
-from profiling.replicates import MOST, fastest, interval, settled
+from profiling.replicates import MOST, at_speed, interval, settled, typical
 from profiling.rows import validate
 
 
@@ -14,15 +14,24 @@ def row(replicate: int, ms: float | None, **columns: Any) -> dict[str, Any]:
     return Case("full", 14, 14, replicate=replicate).who("s", "Paper") | times | columns
 
 
-def test_the_interval_reaches_from_the_fastest_to_the_runner_up() -> None:
-    assert interval([12.0, 10.0, 30.0, 11.0]) == (10.0, 11.0)
+@pytest.mark.parametrize(
+    ("medians", "expected"),
+    [
+        ([12.0, 10.0, 11.0], (10.0, 11.0, 12.0)),
+        ([12.0, 10.0, 30.0, 11.0], (10.0, 11.5, 30.0)),
+        ([12.0, 10.0, 30.0, 11.0, 13.0], (11.0, 12.0, 13.0)),
+        ([float(n) for n in range(9)], (2.0, 4.0, 6.0)),
+    ],
+)
+def test_the_interval_reaches_from_quartile_to_quartile(medians: list[float], expected: tuple[float, ...]) -> None:
+    assert interval(medians) == expected
 
 
 @pytest.mark.parametrize(
     ("medians", "expected"),
     [
         ([], False), ([10.0], False), ([10.0, 10.0], False), ([10.0, 10.1, 10.3], True), ([10.0, 10.1, 10.5], False),
-        ([30.0, 10.1, 20.0, 10.0, 10.3], True), ([10.0 * 1.1**n for n in range(MOST - 1)], False),
+        ([30.0, 10.1, 9.0, 10.0, 10.3], True), ([10.0 * 1.1**n for n in range(MOST - 1)], False),
         ([10.0 * 1.1**n for n in range(MOST)], True),
     ],
 )  # fmt: skip
@@ -30,7 +39,16 @@ def test_a_case_is_settled_when_three_agree_or_enough_were_asked(medians: list[f
     assert settled(medians) is expected
 
 
-def test_the_fastest_stands_for_all_and_lacks_nothing() -> None:
+def test_at_the_same_speed_only_what_the_kernel_did_stays() -> None:
+    speeds = [(1.1, 0.0), (1.1, 1.0), (1.21, 0.5), (None, None)]
+    rows = validate([row(n, 11.0, yardstick_ms=y, system_share=s) for n, (y, s) in enumerate(speeds)])
+    found = at_speed(rows, 1.0)
+    assert list(found["latency_p50_ms"]) == pytest.approx([10.0, 11.0, 10.0, 11.0])
+    assert list(found["latency_p95_ms"]) == list(found["latency_p50_ms"])
+    assert list(rows["latency_p50_ms"]) == [11.0] * 4
+
+
+def test_the_one_in_the_middle_stands_for_all_and_lacks_nothing() -> None:
     rows = validate(
         [
             row(0, 12.0, memory_peak_bytes=7),
@@ -39,19 +57,19 @@ def test_the_fastest_stands_for_all_and_lacks_nothing() -> None:
             row(3, None, status="crash", reason="killed by SIGSEGV"),
         ]
     )
-    found = fastest(rows)
+    found = typical(rows)
     assert len(found) == 1 and list(found.columns) == list(rows.columns)
-    best = found.iloc[0]
-    assert (best["replicate"], best["latency_p50_ms"], best["latency_p75_ms"]) == (1, 10.0, 10.0)
-    assert (best["latency_low_ms"], best["latency_high_ms"]) == (10.0, 10.5)
-    assert best["memory_peak_bytes"] == 7 and best["status"] == "ok"
+    middle = found.iloc[0]
+    assert (middle["replicate"], middle["latency_p50_ms"], middle["latency_p75_ms"]) == (2, 10.5, 10.5)
+    assert (middle["latency_low_ms"], middle["latency_high_ms"]) == (10.0, 12.0)
+    assert middle["memory_peak_bytes"] == 7 and middle["status"] == "ok"
 
 
 def test_a_case_that_never_ran_keeps_its_reason() -> None:
     rows = validate([row(n, None, status="oom", reason="predicted") for n in range(3)])
-    assert list(fastest(rows)["reason"]) == ["predicted"]
+    assert list(typical(rows)["reason"]) == ["predicted"]
 
 
 def test_single_rows_are_left_as_they_are() -> None:
     rows = validate([row(0, 12.0), row(0, 3.0, seed=1)])
-    pd.testing.assert_frame_equal(fastest(rows), rows)
+    pd.testing.assert_frame_equal(typical(rows), rows)

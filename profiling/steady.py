@@ -1,0 +1,88 @@
+"""What lets the times of one process be compared with another's, at another moment, on a machine that others share."""
+
+import ctypes
+import mmap
+import random
+import statistics
+import sys
+import time
+
+import torch
+
+EVERY = 0.03
+"""Seconds of sampling between two rounds of the yardstick."""
+SHARE = 0.1
+"""How long a round takes, of the time since the last one."""
+PASSES = 4
+"""Passes of a round at least; the first is warm-up."""
+PRODUCT = 384
+COPY_BYTES = 4 << 20
+_held: list[object] = []
+
+
+def keep_freed_memory(large_blocks: bool = True) -> None:
+    """Have the C library keep what is freed for the next step, as PyTorch does by itself on a GPU.
+
+    By default glibc gives blocks back to the system or not, by what happens to lie beside them: the same luck for all
+    processes forked from one server, and up to 2.7x the time between one run and the next. Blocks of more than 32 MiB
+    it gives back at once, always, so that every step gets its pages anew: half of the time, or nine tenths on a
+    virtual machine whose host hands them out slowly. Without ``large_blocks`` these still go back.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_threshold, 32 << 20)
+        if large_blocks:
+            mallopt(mmap_max, 0)
+
+
+def displace_memory() -> None:
+    """Take random amounts of memory, for good, so that what follows lies elsewhere than in other processes.
+
+    Processes forked from one server inherit its layout. What that does to a case, 2 to 6 % between one run and the
+    next, would be the same in all processes of a run, so that no number of them would show it.
+    """
+    anywhere = random.SystemRandom()
+    _held.append(mmap.mmap(-1, mmap.PAGESIZE * anywhere.randrange(1, 2048)))
+    _held.append(bytearray(64 * anywhere.randrange(1, 4096)))
+    _held.extend(bytearray(64 * anywhere.randrange(1, 65536)) for _ in range(4))
+
+
+class Yardstick:
+    """A matrix product and a copy that never change, run between the samples of a step.
+
+    How long they take says how fast the machine was just then. On a shared one that explains about half of what
+    differs between processes; what the kernel does for a step, such as giving it pages, it does not explain.
+    """
+
+    def __init__(self) -> None:
+        self._a, self._b = torch.ones(PRODUCT, PRODUCT), torch.ones(PRODUCT, PRODUCT)
+        self._product = torch.empty(PRODUCT, PRODUCT)
+        self._source, self._target = torch.ones(COPY_BYTES // 4), torch.empty(COPY_BYTES // 4)
+        self._milliseconds: list[float] = []
+        self._last = -float("inf")
+
+    def due(self) -> bool:
+        """Whether it is time for another round."""
+        return time.perf_counter() - self._last >= EVERY
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Some passes, all but the first of which count."""
+        start = time.perf_counter()
+        end = start + SHARE * (start - self._last) if self._milliseconds else start
+        passes = 0
+        while passes < PASSES or time.perf_counter() < end:
+            begin = time.perf_counter()
+            torch.mm(self._a, self._b, out=self._product)
+            middle = time.perf_counter()
+            self._target.copy_(self._source)
+            if passes:
+                self._milliseconds.append(1e3 * ((middle - begin) * (time.perf_counter() - middle)) ** 0.5)
+            passes += 1
+        self._last = time.perf_counter()
+
+    def median(self) -> float:
+        """The geometric mean of product and copy in ms, the median of all passes."""
+        return statistics.median(self._milliseconds)
