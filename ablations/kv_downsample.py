@@ -31,5 +31,5 @@ SWEEP = Sweep(
     smoke={"kv_downsample_ratio": (1, 4), "kv_per_win": (8,), "mode": ("forward",)},
     keep=_tells_apart,
     replicates=3,
-    patience=Patience(seconds=0.1),
+    patience=Patience(seconds=0.4),
 )  # fmt: skip

@@ -22,5 +22,5 @@ SWEEP = Sweep(
     measured=lambda case: case.height <= 256,
     most_macs_on_cpu=18e9,
     replicates=3,
-    patience=Patience(seconds=0.1),
+    patience=Patience(seconds=0.4),
 )  # fmt: skip

@@ -18,5 +18,5 @@ SWEEP = Sweep(
     smoke={"n_win": (7,), "topk": (1, 49), "mode": ("forward",)},
     keep=lambda values: values["topk"] <= values["n_win"] ** 2,
     replicates=3,
-    patience=Patience(seconds=0.1),
+    patience=Patience(seconds=0.4),
 )

@@ -11,7 +11,7 @@ import pandas as pd
 
 from profiling.rows import COLUMNS, KEY
 
-AGREEMENT = 0.03
+AGREEMENT = 0.04
 """How wide the interval of the processes may be, as a share of its middle, before more of them are asked."""
 MOST = 9
 """Processes that are asked at most."""
