@@ -1,6 +1,6 @@
 """Two runs side by side: what got faster or slower, by intervals; what else changed, exactly.
 
-A cell that several processes measured is taken at their median, with the interval of ``replicates``. With one
+A cell that several processes measured is taken at their mean and interval (``replicates``). With one
 process, the interval goes from the lower to the upper quartile of its samples, which says nothing of what differs
 between processes: expect more AMBIGUOUS, and false alarms on a busy machine.
 

@@ -1,7 +1,7 @@
 """What several processes that measured the same case say together.
 
 Processes differ by the moment, since others share the machine, and by where their memory lies (``steady``). What the
-moment does, the yardstick beside them tells in part; of the rest the median is taken.
+moment does, the yardstick beside them tells in part; the rest is averaged, without the outermost.
 """
 
 import statistics
@@ -15,14 +15,17 @@ AGREEMENT = 0.04
 """How wide the interval of the processes may be, as a share of its middle, before more of them are asked."""
 MOST = 9
 """Processes that are asked at most."""
+OWN = 0.5
+"""The power by which a process's time follows its yardstick: by itself, half of what that says is its own noise."""
 TIMES = [column for column in COLUMNS if column.startswith("latency_") and column.endswith("_ms")]
 
 
 def interval(medians: Sequence[float]) -> tuple[float, float, float]:
-    """The median of the processes, between their quartiles; between the extremes of fewer than five."""
-    ordered, middle = sorted(medians), statistics.median(medians)
+    """The mean of the processes between their quartiles, and these; of fewer than five, mean and extremes of all."""
+    ordered = sorted(medians)
     cut = len(ordered) // 4 if len(ordered) > 4 else 0
-    return ordered[cut], middle, ordered[-1 - cut]
+    inner = ordered[cut : len(ordered) - cut]
+    return inner[0], statistics.fmean(inner), inner[-1]
 
 
 def settled(medians: Sequence[float]) -> bool:
@@ -34,12 +37,14 @@ def settled(medians: Sequence[float]) -> bool:
 
 
 def at_speed(rows: pd.DataFrame, reference: float) -> pd.DataFrame:
-    """The rows with the times that they would have, had the yardstick beside them taken ``reference`` ms.
+    """The rows of one run with the times that they would have, had the yardstick beside them taken ``reference`` ms.
 
-    The kernel's share of a time is left alone: no yardstick tells how fast it gives out pages. A row without a
-    yardstick, as on CUDA, stays as it is.
+    What sets the run apart is taken out whole; what sets a process apart from its run by ``OWN``. The kernel's share
+    of a time is left alone: no yardstick tells how fast it gives out pages. A row without a yardstick, as on CUDA,
+    stays as it is.
     """
-    factor = (reference / rows["yardstick_ms"]) ** (1 - rows["system_share"])
+    run = rows["yardstick_ms"].median()
+    factor = ((reference / run) * (run / rows["yardstick_ms"]) ** OWN) ** (1 - rows["system_share"])
     times = rows[TIMES].mul(factor.fillna(1.0), axis=0)
     return rows.assign(**{column: times[column] for column in TIMES})
 

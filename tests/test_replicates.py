@@ -18,7 +18,7 @@ def row(replicate: int, ms: float | None, **columns: Any) -> dict[str, Any]:
     ("medians", "expected"),
     [
         ([12.0, 10.0, 11.0], (10.0, 11.0, 12.0)),
-        ([12.0, 10.0, 30.0, 11.0], (10.0, 11.5, 30.0)),
+        ([12.0, 10.0, 30.0, 11.0], (10.0, 15.75, 30.0)),
         ([12.0, 10.0, 30.0, 11.0, 13.0], (11.0, 12.0, 13.0)),
         ([float(n) for n in range(9)], (2.0, 4.0, 6.0)),
     ],
@@ -40,12 +40,19 @@ def test_a_case_is_settled_when_three_agree_or_enough_were_asked(medians: list[f
 
 
 def test_at_the_same_speed_only_what_the_kernel_did_stays() -> None:
-    speeds = [(1.1, 0.0), (1.1, 1.0), (1.21, 0.5), (None, None)]
-    rows = validate([row(n, 11.0, yardstick_ms=y, system_share=s) for n, (y, s) in enumerate(speeds)])
+    shares = (0.0, 1.0, 0.5)
+    rows = validate([row(n, 11.0, yardstick_ms=1.21, system_share=share) for n, share in enumerate(shares)])
     found = at_speed(rows, 1.0)
-    assert list(found["latency_p50_ms"]) == pytest.approx([10.0, 11.0, 10.0, 11.0])
+    assert list(found["latency_p50_ms"]) == pytest.approx([11.0 / 1.21, 11.0, 10.0])
     assert list(found["latency_p95_ms"]) == list(found["latency_p50_ms"])
-    assert list(rows["latency_p50_ms"]) == [11.0] * 4
+    assert list(rows["latency_p50_ms"]) == [11.0] * 3
+
+
+def test_a_yardstick_of_its_own_moves_a_time_by_half() -> None:
+    yardsticks = (1.0, 1.0, 1.21, None)
+    rows = validate([row(n, 11.0, yardstick_ms=y, system_share=y and 0.0) for n, y in enumerate(yardsticks)])
+    assert list(at_speed(rows, 1.0)["latency_p50_ms"]) == pytest.approx([11.0, 11.0, 10.0, 11.0])
+    assert list(at_speed(rows, 2.0)["latency_p50_ms"]) == pytest.approx([22.0, 22.0, 20.0, 11.0])
 
 
 def test_the_one_in_the_middle_stands_for_all_and_lacks_nothing() -> None:
