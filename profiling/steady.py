@@ -46,7 +46,7 @@ def displace_memory() -> None:
     anywhere = random.SystemRandom()
     _held.append(mmap.mmap(-1, mmap.PAGESIZE * anywhere.randrange(1, 2048)))
     _held.append(bytearray(64 * anywhere.randrange(1, 4096)))
-    _held.extend(bytearray(64 * anywhere.randrange(1, 65536)) for _ in range(4))
+    _held.extend(bytearray(64 * anywhere.randrange(1, 16384)) for _ in range(4))
 
 
 class Yardstick:

@@ -1,6 +1,7 @@
 """What every test runs under: a fixed seed, and memory that nobody wrote full of NaN."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -60,6 +61,19 @@ def image(height: int, width: int, batch: int = 2, *, dim: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def registry_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Take back what a test registers."""
+    from attention_zoo import registry
+
+    before = set(sys.modules)
+    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith("attention plugin"):
+            del sys.modules[name]
 
 
 @pytest.fixture

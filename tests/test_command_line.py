@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ablations.__main__ import main as work_on_results
 from ablations.launch import Launcher, Settings
 from ablations.store import exclusive
 from ablations.sweep import discover
-from attention_zoo import MODELS, InvalidOption, names, options, registry
+from attention_zoo import MODELS, InvalidOption, names, options
 from profiling import environment, isolation, page
 from profiling.arguments import run_reporting
 from profiling.case import Case
@@ -36,16 +36,6 @@ MAINS: dict[str, Main] = {
     "run_all": lambda arguments: command.main(list(arguments)),
     "ablations": work_on_results,
 }
-
-
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take back what plugins register."""
-    before = set(sys.modules)
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
-    yield
-    for module in [name for name in set(sys.modules) - before if "plugin" in name]:
-        del sys.modules[module]
 
 
 def outcome(main: Main, arguments: Sequence[str]) -> int:

@@ -239,8 +239,10 @@ CELLS = 200
 
 
 def a_run(rng: np.random.Generator, times: Quartiles, speed: float, apart: float, least: int) -> pd.DataFrame:
-    """Rows of a run on a machine of this speed, which wavers by half of what the yardstick sees: samples 3 % apart within a
-    process, processes ``apart`` for reasons of their own, one in ten by a quarter more on average.
+    """Rows of a run on a machine of this speed, which wavers by half of what the yardstick sees.
+
+    Samples are 3 % apart within a process, processes ``apart`` for reasons of their own, and one in ten is slower by
+    a quarter on average.
 
     Every cell is measured ``least`` times or, if that is several times, until it is settled.
     """

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from ablations.launch import Launcher, Settings
 from ablations.sweep import Sweep
 from attention_zoo import load_plugin, registry
-from profiling import isolation
+from profiling import isolation, steady
 from profiling.isolation import Outcome, call
 from profiling.latency import QUICK
 from profiling.rows import MEASURED, load
@@ -262,3 +263,15 @@ def test_what_kills_the_child_of_several_costs_the_others_nothing() -> None:
     assert [outcome.value for outcome in isolation.call_each(len, ["", "a", "ab"])] == [0, 1, 2]
     (first, second) = isolation.call_each(eval, ["__import__('os').getpid()"] * 2)
     assert first.value == second.value and first.seconds == second.seconds > 0
+
+
+def address(displaced: bool) -> int:
+    """Where a tensor of a new process lies."""
+    if displaced:
+        steady.displace_memory()
+    return torch.empty(1000).data_ptr()
+
+
+def test_processes_of_one_server_share_their_layout_until_it_is_displaced() -> None:
+    alike, apart = ({call(address, displaced).value for _ in range(6)} for displaced in (False, True))
+    assert None not in alike | apart and len(apart) > len(alike)

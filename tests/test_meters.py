@@ -2,11 +2,12 @@
 
 import doctest
 import json
+import mmap
 import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import profiling
-from attention_zoo import load_plugin, registry
-from profiling import agreement, environment, latency, macs, memory, roofline, trace
+from attention_zoo import load_plugin
+from profiling import agreement, environment, latency, macs, memory, roofline, steady, trace
 from profiling.case import Case
 from profiling.latency import Latency, Patience
 from profiling.rows import COLUMNS
@@ -257,6 +258,34 @@ def test_a_little_noise_converges_once_the_interval_is_narrow(monkeypatch: pytes
     assert 15 <= len(found.samples) < 200
 
 
+def test_a_time_on_a_cpu_comes_with_a_yardstick_and_the_kernels_share() -> None:
+    matrix = torch.ones(400, 400)
+
+    def pages() -> None:
+        with mmap.mmap(-1, 8 << 20) as memory:
+            memory[:: mmap.PAGESIZE] = bytes(len(memory) // mmap.PAGESIZE)
+
+    steps = (pages, lambda: matrix @ matrix)
+    asks, multiplies = (latency.measure(step, "cpu", latency.QUICK).columns() for step in steps)
+    for columns in (asks, multiplies):
+        assert 1e-3 < columns["yardstick_ms"] < 1e3 and 0 <= columns["system_share"] <= 1
+    assert asks["system_share"] > multiplies["system_share"] + 0.3
+
+
+def test_a_round_of_the_yardstick_takes_a_tenth_of_the_time() -> None:
+    yardstick = steady.Yardstick()
+    assert yardstick.due()
+    yardstick.round()
+    assert len(yardstick._milliseconds) == steady.PASSES - 1 and not yardstick.due()
+    yardstick._last -= 1.0
+    assert yardstick.due()
+    yardstick.round()
+    counted = yardstick._milliseconds[steady.PASSES - 1 :]
+    assert len(counted) >= steady.PASSES
+    # Product and copy of a pass together take at least twice their geometric mean.
+    assert 2e-3 * sum(counted) < 0.2
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 101])
 def test_quantiles_are_numpys(n: int) -> None:
     samples = list(np.random.default_rng(n).lognormal(size=n))
@@ -293,15 +322,9 @@ def test_the_interval_holds_the_true_median_95_times_in_100(n: int) -> None:
 
 
 @pytest.fixture
-def faults() -> Iterator[None]:
+def faults() -> None:
     """The planted faults, registered for one test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
-        load_plugin(FAULTS)
-        yield
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")) == str(FAULTS):
-            del sys.modules[name]
+    load_plugin(FAULTS)
 
 
 @pytest.mark.parametrize("impl", ["fast", "auto"])

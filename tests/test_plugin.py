@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = Path(__file__).parent / "plugins" / "row_mean.py"
 
 
-@pytest.fixture
-def unregistered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take back what plugins register."""
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
-    before = set(sys.modules)
-    yield
-    for module in set(sys.modules) - before:
-        if module.startswith("attention plugin"):
-            del sys.modules[module]
-
-
-def test_in_every_sweep_over_attentions(unregistered: None) -> None:
+def test_in_every_sweep_over_attentions() -> None:
     load_plugin(PLUGIN)
     taking_part = {
         name
@@ -55,9 +43,7 @@ def test_in_the_contract_test(tmp_path: Path) -> None:
     assert others == {("test_macs_equal_the_count", "wrong_mean")}
 
 
-def test_in_the_gallery(
-    unregistered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_in_the_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Its panel shows the query's row, and nothing else."""
     panels: dict[str, torch.Tensor] = {}
     reach = draw.reach

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from ablations import table
 from ablations.command import EXAMPLES as RUN_ALL
 from ablations.command import _parse as parse_run_all
-from attention_zoo import InvalidOption, build, get, load_plugin, names, options, registry
+from attention_zoo import InvalidOption, build, get, load_plugin, names, options
 from notebooks.limits import crossing
 from profiling.__main__ import EXAMPLES as PROFILING
 from profiling.__main__ import _parser
@@ -31,16 +30,6 @@ PAGES = [
     "ablations/CAMPAIGN.md",
     *(f"notebooks/{p.name}" for p in ROOT.glob("notebooks/*.ipynb")),
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take back what examples register."""
-    before = set(sys.modules)
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
-    yield
-    for module in [name for name in set(sys.modules) - before if "plugin" in name]:
-        del sys.modules[module]
 
 
 def prose(page: str) -> str:

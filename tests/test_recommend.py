@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ablations.candidates import Candidate, candidates, command
 from ablations.measured import Latency, Measured
 from ablations.recommend import BYTES, MILLISECONDS, Answer, Device, Limits, Question, amount, in_words, rank
 from ablations.sweep import discover
-from attention_zoo import InvalidOption, load_plugin, names, registry
+from attention_zoo import InvalidOption, load_plugin, names
 from profiling import environment, isolation
 from profiling.case import Case, available_impls
 from profiling.cell import Job, theory
@@ -30,16 +29,6 @@ from profiling.rows import load, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS, PLAIN = (ROOT / "tests" / "plugins" / name for name in ("faults.py", "plain.py"))
-
-
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take back what plugins register."""
-    before = set(sys.modules)
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
-    yield
-    for module in [name for name in set(sys.modules) - before if "plugin" in name]:
-        del sys.modules[module]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -28,12 +28,6 @@ class Mine(nn.Module):
 """
 
 
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers goes with it."""
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
-
-
 def written(folder: Path, name: str, source: str) -> Path:
     path = folder / f"{name}.py"
     path.write_text(source)

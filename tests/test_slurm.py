@@ -19,7 +19,7 @@ import pytest
 from ablations import campaign, command, slurm, sweep
 from ablations.shard import Shard
 from ablations.sweep import Sweep
-from attention_zoo import InvalidOption, load_plugin, registry
+from attention_zoo import InvalidOption, load_plugin
 from profiling import environment
 from profiling.latency import QUICK
 from profiling.rows import KEY, load
@@ -126,14 +126,9 @@ def ended(daemon: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture
-def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The cells of campaigns, registered; taken back afterwards."""
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+def plugin() -> None:
+    """The cells of campaigns, registered."""
     load_plugin(PLUGIN)
-    yield
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")) == PLUGIN:
-            del sys.modules[name]
 
 
 def of(names: tuple[str, ...], seeds: int) -> Sweep:
@@ -232,6 +227,51 @@ def test_a_cancelled_task_and_a_killed_driver_cost_nothing(
     # Two tasks, and one more for what the cancelled one left.
     assert attempts(tmp_path) == 3
     assert sorted(end["end"] for end in ends(tmp_path)) == ["SIGTERM", "done", "done"]
+
+
+def test_failed_cells_are_retried_and_all_cells_anew_when_asked(
+    cluster: None, plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, planned = with_peaks(tmp_path), of(("task_fine", "task_flaky"), 2)
+
+    def statuses() -> dict[str, list[str]]:
+        table = load(folder / "campaign.csv")
+        assert every_key_once(table, 4)
+        return {name: list(rows["status"]) for name, rows in table.groupby("name")}
+
+    assert run(monkeypatch, planned, *arguments(tmp_path, 2)) == 0
+    assert statuses() == {"task_fine": ["ok", "ok"], "task_flaky": ["crash", "crash"]}
+    times = load(folder / "campaign.csv").set_index(["name", "seed"])["started_at"].loc["task_fine"]
+    monkeypatch.setenv("CAMPAIGN_MENDED", "1")
+    assert run(monkeypatch, planned, *arguments(tmp_path, 2)) == 0
+    assert statuses()["task_flaky"] == ["crash", "crash"]
+    capsys.readouterr()
+    assert run(monkeypatch, planned, *arguments(tmp_path, 2, "--retry-failed")) == 0
+    assert "2 were there already" in capsys.readouterr().out
+    assert statuses() == {"task_fine": ["ok", "ok"], "task_flaky": ["ok", "ok"]}
+    retried = load(folder / "campaign.csv").set_index(["name", "seed"])["started_at"].loc["task_fine"]
+    assert (retried == times).all()
+    assert run(monkeypatch, planned, *arguments(tmp_path, 2, "--fresh")) == 0
+    assert statuses() == {"task_fine": ["ok", "ok"], "task_flaky": ["ok", "ok"]}
+    anew = load(folder / "campaign.csv").set_index(["name", "seed"])["started_at"].loc["task_fine"]
+    assert (anew > times).all()
+    (aside,) = folder.glob("campaign.*.csv.old")
+    assert lines(aside) == 5
+
+
+def test_a_shard_whose_tasks_end_at_once_is_given_up_and_finished_once_mended(
+    cluster: None, plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, planned = with_peaks(tmp_path), of(("task_fine",), 2)
+    monkeypatch.setenv("CAMPAIGN_DOOMED", "1")
+    assert run(monkeypatch, planned, *arguments(tmp_path, 1)) == 2
+    told = capsys.readouterr().err
+    assert "error: 2 cells are undone, after 3 tries; the last task said: " in told
+    assert "the disk of this node is gone" in told and not ask("squeue", "--noheader")
+    assert len(list(tmp_path.glob("slurm/*/submissions/*"))) == campaign.TRIES
+    monkeypatch.delenv("CAMPAIGN_DOOMED")
+    assert run(monkeypatch, planned, *arguments(tmp_path, 1)) == 0
+    assert every_key_once(load(folder / "campaign.csv"), 2)
 
 
 def lines(path: Path) -> int:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ablations.__main__ import main as work_on_results
 from ablations.launch import Launcher, Settings
 from ablations.summary import findings
 from ablations.sweep import Sweep, attentions, discover, select
-from attention_zoo import InvalidOption, load_plugin, names, options, registry
+from attention_zoo import InvalidOption, load_plugin, names, options
 from profiling.latency import QUICK
 from profiling.replicates import at_speed
 from profiling.rows import KEY, load
@@ -26,16 +25,6 @@ PLAIN = ROOT / "tests" / "plugins" / "plain.py"
 PEAKS = "what,per_second,unit\nfp32,1e11,FLOP\ncopy,1e10,byte\n"
 SWEEPS = discover()
 each_sweep = pytest.mark.parametrize("name", SWEEPS)
-
-
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take back what plugins register."""
-    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
-    yield
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", "")) == str(PLAIN):
-            del sys.modules[name]
 
 
 def test_the_sweeps_that_must_be_are_there() -> None:
@@ -137,6 +126,19 @@ def test_sweeps_are_chosen_by_name() -> None:
     for bad in ("topk,none", "", " , "):
         with pytest.raises(InvalidOption, match=r"valid: .*kv_downsample.*resolution.*topk"):
             select(bad)
+
+
+def test_a_cell_keeps_freed_memory_unless_told_or_large(tmp_path: Path) -> None:
+    fixed = {"name": "full", "dim": 8, "num_heads": 2, "mode": "forward"}
+    kept = Sweep("q?", "e", axes={"grid": (8, 56)}, fixed=fixed, patience=QUICK)
+    launcher = Launcher(Settings(results=tmp_path))
+    needs = {case.height: columns["memory_predicted_bytes"] for case, columns, _ in launcher.plan(kept)}
+    launcher.devices[0].available = 3 * needs[56]
+    list(launcher.run({"kept": kept, "returned": replace(kept, freed_memory="returned")}))
+    found = {name: load(launcher.folder / f"{name}.csv") for name in ("kept", "returned")}
+    assert all((rows["status"] == "ok").all() for rows in found.values())
+    assert list(found["kept"].set_index("height")["freed_memory"].loc[[8, 56]]) == ["kept", "returned"]
+    assert list(found["returned"]["freed_memory"]) == ["returned"] * 2
 
 
 def test_more_processes_follow_until_they_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

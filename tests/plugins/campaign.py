@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from attention_zoo import register
 
+if "SLURM_JOB_ID" in os.environ and "CAMPAIGN_DOOMED" in os.environ:
+    raise RuntimeError("the disk of this node is gone")
+
 
 class Linear(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -35,6 +38,15 @@ class Segfault(Linear):
 
     def act(self) -> None:
         signal.raise_signal(signal.SIGSEGV)
+
+
+@register("task_flaky")
+class Flaky(Linear):
+    """Crashes until it is mended."""
+
+    def act(self) -> None:
+        if "CAMPAIGN_MENDED" not in os.environ:
+            signal.raise_signal(signal.SIGSEGV)
 
 
 @register("task_killer")
