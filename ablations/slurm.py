@@ -104,7 +104,9 @@ class Queue:
         """The last error in the logs of the tasks, and where it stands."""
         logs = sorted((self.folder / "logs").glob("*.err"), key=lambda path: path.stat().st_mtime)
         lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
-        said = [line for line in lines if "rror" in line][-1:] or lines[-1:] or ["nothing"]
+        # srun's own last word is but that there was an error.
+        errors = sorted((line for line in lines if "rror" in line), key=lambda line: not line.startswith("srun:"))
+        said = errors[-1:] or lines[-1:] or ["nothing"]
         return f"{said[0]} ({logs[-1] if logs else self.folder})"
 
     def _executor(self, submission: int) -> Any:

@@ -267,9 +267,10 @@ def test_what_kills_the_child_of_several_costs_the_others_nothing() -> None:
 
 def address(displaced: bool) -> int:
     """Where a tensor of a new process lies."""
+    steady.keep_freed_memory()
     if displaced:
         steady.displace_memory()
-    return torch.empty(1000).data_ptr()
+    return torch.empty(1 << 20).data_ptr()
 
 
 def test_processes_of_one_server_share_their_layout_until_it_is_displaced() -> None:

@@ -129,15 +129,15 @@ def test_sweeps_are_chosen_by_name() -> None:
 
 
 def test_a_cell_keeps_freed_memory_unless_told_or_large(tmp_path: Path) -> None:
-    fixed = {"name": "full", "dim": 8, "num_heads": 2, "mode": "forward"}
-    kept = Sweep("q?", "e", axes={"grid": (8, 56)}, fixed=fixed, patience=QUICK)
+    fixed = {"name": "full", "dim": 8, "num_heads": 2, "mode": "forward", "impl": "reference"}
+    kept = Sweep("q?", "e", axes={"grid": (8, 84)}, fixed=fixed, patience=QUICK)
     launcher = Launcher(Settings(results=tmp_path))
     needs = {case.height: columns["memory_predicted_bytes"] for case, columns, _ in launcher.plan(kept)}
-    launcher.devices[0].available = 3 * needs[56]
+    launcher.devices[0].available = 3 * needs[84]
     list(launcher.run({"kept": kept, "returned": replace(kept, freed_memory="returned")}))
     found = {name: load(launcher.folder / f"{name}.csv") for name in ("kept", "returned")}
     assert all((rows["status"] == "ok").all() for rows in found.values())
-    assert list(found["kept"].set_index("height")["freed_memory"].loc[[8, 56]]) == ["kept", "returned"]
+    assert list(found["kept"].set_index("height")["freed_memory"].loc[[8, 84]]) == ["kept", "returned"]
     assert list(found["returned"]["freed_memory"]) == ["returned"] * 2
 
 
