@@ -32,7 +32,7 @@ def kept(values: Values) -> bool:
 
 SWEEP = Sweep(
     question="How fast is each implementation of BRA, beside its bound, windows and full attention at equal width?",
-    expect="sdpa beats the reference most in training, where that scatters; its bound is near at large grids. 15 min.",
+    expect="sdpa beats the reference most in training, where that scatters; its bound is near at large grids. 25 min.",
     axes={
         SHAPE: SHAPES + MORE,
         ("name", "impl"): lambda: [("bra", impl) for impl in available_impls("bra")] + BOUNDS,

@@ -17,7 +17,7 @@ def _tells_apart(values: object) -> bool:
 
 SWEEP = Sweep(
     question="What does each kv_downsample mode buy BRA, at each reduction?",
-    expect="memory falls with the square of the reduction until the projections dominate. 1 min.",
+    expect="memory falls with the square of the reduction until the projections dominate. 2 min.",
     axes={
         "kv_downsample_mode": ("identity", "avgpool", "maxpool", "ada_avgpool", "ada_maxpool", "fracpool", "conv"),
         "kv_downsample_ratio": (1, 2, 4, 8),

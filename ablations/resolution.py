@@ -8,7 +8,7 @@ from profiling.latency import Patience
 
 SWEEP = Sweep(
     question="How do MACs, memory and latency of every attention grow with the grid?",
-    expect="24 GiB end near 180 tokens per side for full, near 330 for BRA; windows fit at 1024. 3 min.",
+    expect="24 GiB end near 180 tokens per side for full, near 330 for BRA; windows fit at 1024. 11 min.",
     axes={
         "grid": (14, 28, 56, 112, 256, 512, 1024),
         "name": attentions,

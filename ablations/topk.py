@@ -8,7 +8,7 @@ from profiling.latency import Patience
 
 SWEEP = Sweep(
     question="What do topk and n_win cost BRA at the grid of its first stage?",
-    expect="cost is linear in topk; at equal topk, twice the regions per side is a quarter of the keys. 1 min.",
+    expect="cost is linear in topk; at equal topk, twice the regions per side is a quarter of the keys. 4 min.",
     axes={
         "n_win": (4, 7, 8, 14),
         "topk": (1, 2, 4, 8, 16, 32, 49, 64, 128, 196),
