@@ -147,6 +147,8 @@ def _legend(group: Sequence[Candidate], refused: Sequence[Candidate]) -> str:
     }  # fmt: skip
     if told := [text for source, text in words.items() if source in sources]:
         lines.append(f"source: {'; '.join(told)}.")
+    if sources & {"none", "outside"}:
+        lines.append("`python -m profiling --attention NAME` with the same size times one of them here.")
     if any(candidate.padded for candidate in (*group, *refused)):
         lines.append("padded: n_win does not divide the grid, which auto_pad fills up with zeros.")
     lines.append("Options not shown are those of the resolution sweep; --json has them all.")
