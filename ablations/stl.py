@@ -8,7 +8,7 @@ from profiling.latency import Patience
 
 SWEEP = Sweep(
     question="What does the Swin-T layout cost with each attention in all of its stages?",
-    expect="at 224 all cost nearly the same; at 1024 full attention needs 100 times the memory of windows. 10 min.",
+    expect="at 224 all cost nearly the same; at 1024 full attention needs 100 times the memory of windows. 7 min.",
     axes={
         "grid": (224, 512, 1024),
         "attention": attentions,
