@@ -65,8 +65,11 @@ def read(path: Path) -> pd.DataFrame:
 
 def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     """Compare run B with run A."""
-    speed = _speed(a, b)
-    one, two = _by_case(a, speed and speed[0]), _by_case(b, speed and speed[0])
+    shared = set(a["sweep"]) & set(b["sweep"])
+    speed = _speed(*(rows[rows["sweep"].isin(shared)] for rows in (a, b)))
+    if speed:
+        a, b = (at_speed(rows, speed[0], run) for rows, run in zip((a, b), speed, strict=True))
+    one, two = _by_case(a), _by_case(b)
     both = [case for case in one.index if case in two.index]
     cells = pd.DataFrame(
         [_cell(case, one.loc[case], two.loc[case]) for case in both],
@@ -155,10 +158,8 @@ def _told(speed: tuple[float, float] | None) -> dict[str, tuple[str, str]]:
     return {} if one == two else {"yardstick_ms": (one, f"{two}, allowed for")}
 
 
-def _by_case(rows: pd.DataFrame, yardstick: float | None) -> pd.DataFrame:
+def _by_case(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per case, over its replicates: interval, worst status, exact columns."""
-    if yardstick:
-        rows = at_speed(rows, yardstick)
     names = [_named(values) for values in rows[CASE].itertuples(index=False, name=None)]
     rows = rows.assign(case=names, rank=rows["status"].map(WORSE))
     groups = rows.groupby("case", sort=False)

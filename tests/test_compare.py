@@ -84,6 +84,9 @@ def test_runs_on_one_device_are_compared_at_the_same_speed() -> None:
     assert list(found.cells["verdict"]) == ["SAME", "FASTER", "SLOWER"]
     assert found.cells["ratio"].iloc[0] == pytest.approx(1.0)
     assert found.environment["yardstick_ms"] == ("0.2", "0.22, allowed for")
+    # What only one run has says nothing of how they differ.
+    alone = [row(h, 10.0, sweep="t", yardstick_ms=0.5, system_share=0.0) for h in (7, 14, 28, 56)]
+    assert list(compared(a, [*b, *alone]).cells["ratio"]) == pytest.approx(list(found.cells["ratio"]))
     # With another PyTorch the yardstick itself may have become another.
     newer = compared(a, [one | {"torch": "2.14.0"} for one in b])
     assert list(newer.cells["verdict"]) == ["SLOWER", "SAME", "SLOWER"] and "yardstick_ms" not in newer.environment
