@@ -68,7 +68,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     shared = set(a["sweep"]) & set(b["sweep"])
     speed = _speed(*(rows[rows["sweep"].isin(shared)] for rows in (a, b)))
     if speed:
-        a, b = (at_speed(rows, speed[0], run) for rows, run in zip((a, b), speed, strict=True))
+        a, b = (at_speed(rows, speed[0]) for rows in (a, b))
     one, two = _by_case(a), _by_case(b)
     both = [case for case in one.index if case in two.index]
     cells = pd.DataFrame(

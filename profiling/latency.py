@@ -25,18 +25,21 @@ class Patience:
         seconds: stop after this long, ...
         floor: ... but not with fewer samples than this;
         most: stop at this many samples.
+        warm_up: seconds of steps before the first sample, at least one: after one step, the memory that all later
+            ones will use again is not all there yet.
     """
 
     width: float = 0.02
     least: int = 15
     seconds: float = 0.5
-    floor: int = 2
+    floor: int = 3
     most: int = 2000
+    warm_up: float = 0.1
 
 
 STANDARD = Patience()
 """For results that others read."""
-QUICK = Patience(least=3, seconds=0.05)
+QUICK = Patience(least=3, seconds=0.05, warm_up=0.01)
 """For smoke runs."""
 SAMPLE_MS = 1.0
 """A sample of a shorter step is the mean of several steps that take about this long together."""
@@ -96,7 +99,10 @@ def measure(step: Callable[[], object], device: str, patience: Patience = STANDA
         wait()
         return (time.perf_counter() - start) * 1e3 / times
 
+    end = time.perf_counter() + patience.warm_up
     run(1)
+    while time.perf_counter() < end:
+        run(1)
     first = run(1)
     repeats = max(1, math.ceil(SAMPLE_MS / max(first, 1e-4)))
     kept = [first] if repeats == 1 else []

@@ -15,8 +15,8 @@ AGREEMENT = 0.04
 """How wide the interval of the processes may be, as a share of its middle, before more of them are asked."""
 MOST = 9
 """Processes that are asked at most."""
-OWN = 0.5
-"""The power by which a process's time follows its yardstick: by itself, half of what that says is its own noise."""
+FOLLOWS = 0.75
+"""The power by which times follow the yardstick, found over 16 cells that compute or wait for memory."""
 TIMES = [column for column in COLUMNS if column.startswith("latency_") and column.endswith("_ms")]
 
 
@@ -36,17 +36,13 @@ def settled(medians: Sequence[float]) -> bool:
     return high - low <= AGREEMENT * middle or len(medians) >= MOST
 
 
-def at_speed(rows: pd.DataFrame, reference: float, run: float | None = None) -> pd.DataFrame:
-    """The rows of one run with the times that they would have, had the yardstick beside them taken ``reference`` ms.
+def at_speed(rows: pd.DataFrame, reference: float) -> pd.DataFrame:
+    """The rows with the times that they would have, had the yardstick beside them taken ``reference`` ms.
 
-    ``run`` is what it took in this run, by default its median over these rows.
-
-    What sets the run apart is taken out whole; what sets a process apart from its run by ``OWN``. The kernel's share
-    of a time is left alone: no yardstick tells how fast it gives out pages. A row without a yardstick, as on CUDA,
-    stays as it is.
+    The kernel's share of a time is left alone: no yardstick tells how fast it gives out pages. A row without a
+    yardstick, as on CUDA, stays as it is.
     """
-    run = rows["yardstick_ms"].median() if run is None else run
-    factor = ((reference / run) * (run / rows["yardstick_ms"]) ** OWN) ** (1 - rows["system_share"])
+    factor = (reference / rows["yardstick_ms"]) ** (FOLLOWS * (1 - rows["system_share"]))
     times = rows[TIMES].mul(factor.fillna(1.0), axis=0)
     return rows.assign(**{column: times[column] for column in TIMES})
 

@@ -219,7 +219,7 @@ def test_an_unsteady_step_is_sampled_until_the_time_is_up(monkeypatch: pytest.Mo
     clock = Clock(monkeypatch, 2.0, 10.0)
     found = latency.measure(clock.step, "cpu", Patience(width=0.02, least=15, seconds=1.0))
     assert found.stop == "time_limit"
-    assert 1.0 <= clock.now <= 1.1 and len(found.samples) >= 150
+    assert 1.1 <= clock.now <= 1.2 and len(found.samples) >= 150
 
 
 def test_an_unsteady_step_is_sampled_no_more_than_the_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,6 +240,14 @@ def test_the_first_step_is_not_a_sample(monkeypatch: pytest.MonkeyPatch) -> None
     clock = Clock(monkeypatch, 500.0, *[3.0] * 400)
     found = latency.measure(clock.step, "cpu", Patience(least=15, seconds=100))
     assert max(found.samples) == pytest.approx(3.0)
+
+
+def test_what_settles_in_the_first_steps_is_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, *[9.0] * 20, *[3.0] * 400)
+    found = latency.measure(clock.step, "cpu", Patience(least=15, seconds=100, warm_up=0.17))
+    assert max(found.samples) == pytest.approx(9.0) and found.samples.count(max(found.samples)) <= 1
+    clock = Clock(monkeypatch, *[9.0] * 20, *[3.0] * 400)
+    assert max(latency.measure(clock.step, "cpu", Patience(warm_up=0.2)).samples) == pytest.approx(3.0)
 
 
 def test_a_sample_of_a_short_step_is_the_mean_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,8 +290,7 @@ def test_a_round_of_the_yardstick_takes_a_tenth_of_the_time() -> None:
     yardstick.round()
     counted = yardstick._milliseconds[steady.PASSES - 1 :]
     assert len(counted) >= steady.PASSES
-    # Product and copy of a pass together take at least twice their geometric mean.
-    assert 2e-3 * sum(counted) < 0.2
+    assert 1e-3 * sum(counted) < 0.2
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 101])

@@ -43,16 +43,16 @@ def test_at_the_same_speed_only_what_the_kernel_did_stays() -> None:
     shares = (0.0, 1.0, 0.5)
     rows = validate([row(n, 11.0, yardstick_ms=1.21, system_share=share) for n, share in enumerate(shares)])
     found = at_speed(rows, 1.0)
-    assert list(found["latency_p50_ms"]) == pytest.approx([11.0 / 1.21, 11.0, 10.0])
+    assert list(found["latency_p50_ms"]) == pytest.approx([11.0 / 1.21**0.75, 11.0, 11.0 / 1.1**0.75])
     assert list(found["latency_p95_ms"]) == list(found["latency_p50_ms"])
     assert list(rows["latency_p50_ms"]) == [11.0] * 3
 
 
-def test_a_yardstick_of_its_own_moves_a_time_by_half() -> None:
-    yardsticks = (1.0, 1.0, 1.21, None)
-    rows = validate([row(n, 11.0, yardstick_ms=y, system_share=y and 0.0) for n, y in enumerate(yardsticks)])
-    assert list(at_speed(rows, 1.0)["latency_p50_ms"]) == pytest.approx([11.0, 11.0, 10.0, 11.0])
-    assert list(at_speed(rows, 2.0)["latency_p50_ms"]) == pytest.approx([22.0, 22.0, 20.0, 11.0])
+def test_a_time_follows_the_yardstick_beside_it_by_three_quarters() -> None:
+    yardsticks = (1.0, 16.0, None)
+    rows = validate([row(n, 16.0, yardstick_ms=y, system_share=y and 0.0) for n, y in enumerate(yardsticks)])
+    assert list(at_speed(rows, 1.0)["latency_p50_ms"]) == pytest.approx([16.0, 2.0, 16.0])
+    assert list(at_speed(rows, 16.0)["latency_p50_ms"]) == pytest.approx([128.0, 16.0, 16.0])
 
 
 def test_the_one_in_the_middle_stands_for_all_and_lacks_nothing() -> None:
