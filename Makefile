@@ -1,4 +1,4 @@
-.PHONY: setup reproduce test notebooks tensorboard clean
+.PHONY: setup reproduce test notebooks wheels tensorboard clean
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
@@ -22,6 +22,14 @@ setup: .venv/.ready
 
 notebooks: setup
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+# For the Python of the machine that will install them: make wheels FOR=3.12
+FOR ?= 3.12
+PLATFORMS := manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux_2_28_x86_64
+wheels: setup
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir wheels $$(grep -E '^(fvcore|iopath)==' wheels.txt)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --find-links wheels --dest wheels \
+		--python-version $(FOR) --implementation cp $(PLATFORMS:%=--platform %) --requirement wheels.txt
 
 tensorboard: setup
 	$(BIN)/tensorboard --logdir $(DIR) --host localhost

@@ -18,6 +18,9 @@ HEADROOM = 0.9
 """Share of the free memory that a cell may be predicted to need."""
 KEPT = 0.3
 """Share of the free memory above which a cell may not keep what it frees: in pieces, that could be twice as much."""
+ROOM, STARTED = 2, 1 << 30
+"""What a cell on a GPU is given room for: so many times its predicted memory, for its check and for what the allocator
+keeps, and the bytes that CUDA and its libraries take in every process."""
 Row = dict[str, Any]
 
 
@@ -71,7 +74,13 @@ def run(cell: Cell, row: Row, device: Device, peaks: roofline.Peaks) -> Row:
     job = cell.job
     if (row.get("memory_predicted_bytes") or 0) > KEPT * device.available:
         job = replace(job, freed_memory="returned")
-    outcome = device.call(measure, job, timeout=cell.plan.timeout, memory=_limit(cell, device))
+    limits = {"timeout": cell.plan.timeout, "memory": _limit(cell, device)}
+    predicted = row.get("memory_predicted_bytes")
+    needs = ROOM * predicted + STARTED if predicted else device.available // 8
+    outcome = device.call_beside(needs, measure, job, **limits)
+    if outcome.status == "oom" and device.at_once > 1:
+        # Others may have held what it lacked.
+        outcome = device.call(measure, job, **limits)
     row["started_at"] = _now()
     row["cell_seconds"] += outcome.seconds
     row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})

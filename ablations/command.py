@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ EXAMPLES = """examples:
   python run_all.py --only resolution --dry-run   what would run, and fit
   python run_all.py --plugin my_attention.py      your own beside the others
   python run_all.py --device cuda --gpus 0,2      on two GPUs of this machine
+  python run_all.py --device cuda --minutes 9     what fits, each case once first
   python run_all.py --launcher slurm --slurm partition=gpu,gpus_per_node=1
                                                   on a cluster, as 8 tasks
 
@@ -63,6 +65,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--gpus", metavar="N,...", type=_numbers, default=(), help="these GPUs, as nvidia-smi numbers them"
     )
     parser.add_argument(
+        "--minutes",
+        type=_minutes,
+        default=math.inf,
+        metavar="N",
+        help="begin no cell after so long; run again to go on",
+    )
+    parser.add_argument(
         "--launcher", choices=("local", "slurm"), default="local", help="where cells run; default: local"
     )
     parser.add_argument(
@@ -72,9 +81,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.launcher == "local" and options.slurm:
         raise InvalidOption("--slurm is for --launcher slurm")
-    if options.launcher == "slurm" and (options.gpus or options.dry_run):
+    if options.launcher == "slurm" and (options.gpus or options.dry_run or options.minutes < math.inf):
         raise InvalidOption(
-            "--gpus and --dry-run are for --launcher local; on Slurm, --slurm gpus_per_node=1 asks for GPUs"
+            "--gpus, --minutes and --dry-run are for --launcher local; on Slurm, --slurm gpus_per_node=1,time=60 asks "
+            "for GPUs and minutes"
         )
     return options
 
@@ -83,6 +93,16 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers; valid: such as 0,2")
     return tuple(int(part) for part in text.split(","))
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not minutes > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid; valid: a number of minutes above 0")
+    return minutes
 
 
 def _at_least_one(text: str) -> int:
@@ -105,7 +125,7 @@ def _run(options: argparse.Namespace) -> int:
         options.device = "cuda" if there else "cpu"
     settings = Settings(
         options.device, options.results, options.smoke, options.fresh, options.retry_failed,
-        tuple(str(Path(plugin).resolve()) for plugin in options.plugin), options.gpus,
+        tuple(str(Path(plugin).resolve()) for plugin in options.plugin), options.gpus, options.minutes,
     )  # fmt: skip
     if options.launcher == "slurm":
         check_results_folder(options.results)

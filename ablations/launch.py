@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import math
 import random
+import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,16 +35,18 @@ class Settings:
     retry_failed: bool = False
     plugins: tuple[str, ...] = ()
     gpus: tuple[int, ...] = ()
+    minutes: float = math.inf
 
 
 @dataclass
 class Report:
-    """What a run has done."""
+    """What a run has done, and how many cells it had no time for."""
 
     folder: Path
     files: list[Path] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
+    left: int = 0
 
 
 class Launcher:
@@ -62,13 +66,16 @@ class Launcher:
         self.folder = settings.results / next(iter(self.models))
         self.report = Report(self.folder)
         self._known: dict[Case, Outcome] = {}
+        self._until = math.inf
 
     def run(self, sweeps: dict[str, Sweep]) -> Iterator[tuple[Cell, int, int]]:
         """Run what is not finished; yields each cell before it runs, with its number and their total.
 
-        Where a sweep wants several processes for a case, more of them follow until they agree.
+        Every case of every sweep is run once before any is run again. Where a sweep wants several processes for a
+        case, more of them follow until they agree. Once the time is up no cell is begun.
         """
         self.report = Report(self.folder)
+        self._until = time.monotonic() + 60 * self.settings.minutes
         with contextlib.ExitStack() as held:
             for model in self.models:
                 held.enter_context(exclusive(self.settings.results / model))
@@ -76,9 +83,20 @@ class Launcher:
             stores = {model: self._stores(sweeps, model) for model in self.models}
             plans = [self._plan(sweeps, model, opened) for model, opened in stores.items()]
             together = itertools.chain.from_iterable(itertools.zip_longest(*plans))
-            yield from self.work([cell for cell in together if cell])
-            while more := [c for model, opened in stores.items() for c in self._unsettled(sweeps, model, opened)]:
+            cells = list(filter(None, together))
+            for number, replicate in enumerate(sorted({cell.case.replicate for cell in cells}) or [0]):
+                if number:
+                    # So that the luck of one server's layout is not that of the run.
+                    isolation.restart()
+                before = sum(cell.case.replicate < replicate for cell in cells)
+                for cell, done, _ in self.work([cell for cell in cells if cell.case.replicate == replicate]):
+                    yield cell, before + done, len(cells)
+            while time.monotonic() < self._until and (more := self._more(sweeps, stores)):
+                isolation.restart()
                 yield from self.work(more)
+
+    def _more(self, sweeps: dict[str, Sweep], stores: dict[str, dict[str, Store]]) -> list[Cell]:
+        return [cell for model, opened in stores.items() for cell in self._unsettled(sweeps, model, opened)]
 
     def work(self, cells: Sequence[Cell]) -> Generator[tuple[Cell, int, int], None, None]:
         """Run these cells; yields as :meth:`run` does."""
@@ -88,12 +106,14 @@ class Launcher:
         }
         done = 0
         beside = self.settings.device != "cpu"
-        for finished, cell, row in schedule(cells, self._count, self._measure, self.models, beside):
-            if finished:
+        in_time = itertools.takewhile(lambda _: time.monotonic() < self._until, cells)
+        for finished, cell, row in schedule(in_time, self._count, self._measure, self.models, beside):
+            if finished and row:
                 self.report.statuses[append(cell, row, self.models[cell.group][0])] += 1
                 done += 1
-            else:
+            elif not finished:
                 yield cell, done, len(cells)
+        self.report.left += len(cells) - done
 
     def plan(self, sweep: Sweep) -> Iterator[tuple[Case, dict[str, Any], str]]:
         """Every case of a sweep with its theory and what would become of it; nothing is run or written."""
@@ -146,6 +166,8 @@ class Launcher:
         return count(cells, self.models[cells[0].group][0], self._known)
 
     def _measure(self, cell: Cell, row: dict[str, Any], device: Device) -> dict[str, Any]:
+        if time.monotonic() >= self._until:
+            return {}
         return run(cell, row, device, self.peaks[cell.group])
 
 

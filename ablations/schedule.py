@@ -1,13 +1,12 @@
-"""Which cell is counted or timed when: one at a time on each device, and nothing beside a CPU that is timed."""
+"""Which cell is counted or run when: as many at once on each device as it takes, and nothing beside a CPU."""
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol, TypeVar
 
-from ablations.devices import Device, ending
+from ablations.devices import Device, ending, processors
 
 AHEAD = 64
 """Cells counted and not yet timed, at most: what a run holds in memory does not grow with it."""
@@ -43,12 +42,16 @@ def schedule(
         In the caller's thread, (False, cell, row) before a cell is measured and (True, cell, row) when it is done;
         both at once where counting is all there is to it.
     """
-    idle = {group: list(devices) for group, devices in groups.items()}
+    # In turn, so that the first cells are dealt to all devices.
+    turns = range(max(device.at_once for devices in groups.values() for device in devices))
+    idle = {
+        g: [device for turn in turns for device in devices if turn < device.at_once] for g, devices in groups.items()
+    }
     workers = sum(map(len, idle.values()))
     todo, ready = _batches(cells), deque[tuple[T, Row]]()
     counting: dict[Future[list[Row]], list[T]] = {}
     measuring: dict[Future[Row], tuple[T, Device]] = {}
-    with _pool(_processors() - (workers if beside else 0)) as counters, _pool(workers) as measurers:
+    with _pool(processors() - (workers if beside else 0)) as counters, _pool(workers) as measurers:
         while True:
             for cell, row in _can_start(ready, idle) if beside or not counting else ():
                 yield False, cell, row
@@ -104,8 +107,3 @@ class _pool(ThreadPoolExecutor):
         if kind is not None:
             with ending():
                 self.shutdown(wait=True)
-
-
-def _processors() -> int:
-    # Those this process may use; not every system says.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

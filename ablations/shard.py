@@ -142,6 +142,10 @@ def _run(
     launcher: Launcher, journal: Journal, settings: Settings, left: list[tuple[int, Dealt]], deaths: Counter[int]
 ) -> None:
     device, model = launcher.devices[0], next(iter(launcher.models))
+    if deaths:
+        # The next one shall have one cell to blame on each device.
+        for one in launcher.devices:
+            one.at_once = 1
     if limit := os.environ.get("SLURM_MEM_PER_NODE"):
         device.available = min(device.available, int(limit) << 20)
     earlier = settings.results / model

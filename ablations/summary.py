@@ -20,6 +20,8 @@ def show(report: Report, seconds: float) -> None:
     ran = ", ".join(f"{count} {status}" for status, count in sorted(report.statuses.items())) or "nothing new"
     skipped = f"; {report.skipped} were there already" if report.skipped else ""
     print(f"\nCells: {ran}{skipped}. {seconds:.0f} s.")
+    if report.left:
+        print(f"The time was up before {report.left} cells; the same command, without --fresh, goes on with them.")
     print("Files:")
     for path in report.files:
         print(f"  {path}")

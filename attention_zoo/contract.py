@@ -4,6 +4,8 @@ Only ``forward`` is required of an attention. Everything here is optional: what 
 is an empty cell in its rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "triton"]
+_stood_for: str | None = None
 
 
 class InvalidOption(ValueError):
@@ -19,6 +22,22 @@ class InvalidOption(ValueError):
 
 class Unsupported(RuntimeError):
     """An implementation asked for by name cannot run this configuration; the message says why."""
+
+
+@contextmanager
+def standing_for(device: str) -> Iterator[None]:
+    """Meanwhile tensors on shapes alone stand for tensors on a device of this type, whatever they say themselves."""
+    global _stood_for
+    before, _stood_for = _stood_for, device
+    try:
+        yield
+    finally:
+        _stood_for = before
+
+
+def device_type(tensor: Tensor) -> str:
+    """The type of the device that a tensor is on or stands for: for code that does not do the same on all of them."""
+    return _stood_for or tensor.device.type
 
 
 @dataclass(frozen=True)

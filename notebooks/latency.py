@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from notebooks.curves import CROSS, latency_panel, legend, side_axis, tried
+from notebooks.export import publish
 from notebooks.limits import MODES, lines, resolution
 from notebooks.plots import Results, caption, needs, number, save, say
 
@@ -45,9 +46,25 @@ def figure(results: Results) -> Figure | None:
     return save(fig, "latency")
 
 
+@needs("resolution")
+def launches(results: Results) -> None:
+    """Table: wall time over device time, by attention, mode and grid: well above 1, launches cost more than work."""
+    rows = results.sweep("resolution").dropna(subset=["launch_bound"])
+    if rows.empty:
+        say("Whether launches cost more than the work they start is a question of GPUs: no row here has a device time.")
+        return
+    shares = rows.pivot_table(index="name", columns=["mode", "height"], values="launch_bound", aggfunc="median")
+    shares = shares.reindex(columns=[(mode, side) for mode in MODES for side in sorted(set(rows["height"]))])
+    frame = shares.map(lambda share: "" if pd.isna(share) else number(share))
+    frame.columns = pd.Index([f"{MODES[mode]}, {side} x {side}" for mode, side in shares.columns])
+    note = f"Wall time over time on the device with a cold L2 cache; fp32. {rows['device_name'].iloc[0]}."
+    publish(frame.rename_axis("attention").reset_index(), "launches", note)
+
+
 def findings(results: Results) -> list[str]:
     """Sentences computed from the timed rows of the resolution sweep; none without."""
     found = [sentence for mode in timed_modes(results) for sentence in _spread_and_scale(results, mode)]
+    found += _launched(results)
     say(*found)
     return found
 
@@ -60,6 +77,16 @@ def _spread_and_scale(results: Results, mode: str) -> Iterator[str]:
             f"{MODES[mode].capitalize()} at {side} x {side}: from {number(at.min())} ms with {at.idxmin()} to "
             f"{number(at.max())} ms with {at.idxmax()}, over {len(at)} attentions."
         )
+
+
+def _launched(results: Results) -> Iterator[str]:
+    for mode, rows in results.sweep("resolution").dropna(subset=["launch_bound"]).groupby("mode", sort=False):
+        bound = [int(side) for side, part in rows.groupby("height") if part["launch_bound"].median() > 2]
+        if bound:
+            yield (
+                f"{MODES[str(mode)].capitalize()}: up to {max(bound)} x {max(bound)} launching takes most attentions "
+                "more than twice as long as the work that is launched."
+            )
 
 
 def _ends(times: pd.DataFrame) -> list[int]:

@@ -30,10 +30,13 @@ from notebooks import (
     latency,
     limits,
     pareto,
+    precision,
+    prediction,
     published,
     speed,
     speed_figure,
     stl,
+    targets,
 )
 from notebooks.plots import Results, kept
 from profiling.replicates import typical
@@ -60,8 +63,10 @@ class Section:
 BOTH = ("forward", "forward_backward")
 SECTIONS = (
     Section("memory", "Which attention fits at my resolution?",
-            [*(partial(curves.figure, mode=mode) for mode in BOTH), limits.limits], [limits.findings]),
-    Section("latency", "Which attention is fast at my resolution?", [latency.figure], [latency.findings]),
+            [*(partial(curves.figure, mode=mode) for mode in BOTH), limits.limits, prediction.table],
+            [limits.findings, prediction.findings]),
+    Section("latency", "Which attention is fast at my resolution?",
+            [latency.figure, latency.launches, precision.table], [latency.findings, precision.findings]),
     Section("break-even", "From where on does BRA pay?", [crossover.figure, crossover.table], [crossover.findings]),
     Section("pareto", "Which attention is not beaten?",
             [partial(show, mode=mode) for mode in BOTH for show in (pareto.figure, pareto.table)], [pareto.findings]),
@@ -70,7 +75,7 @@ SECTIONS = (
             [bra_options.findings, cost_split.findings]),
     Section("speed", "How much faster than as published is each implementation of BRA?",
             [speed_figure.figure, *(partial(show, mode=mode) for mode in BOTH for show in (speed.speed_table,
-             speed.memory_table)), break_even.table], [speed.findings]),
+             speed.memory_table)), break_even.table, targets.table], [speed.findings]),
     Section("complexity", "What does each attention cost on paper?",
             [published.models, complexity.attentions, growth.table, stl.table],
             [complexity.findings, growth.findings]),

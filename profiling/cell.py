@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_zoo import Unsupported, load_plugin
-from profiling import agreement, environment, latency, macs, memory, steady, trace
+from profiling import agreement, environment, isolation, latency, macs, memory, steady, trace
 from profiling.case import Case
 from profiling.rows import agree
 from profiling.trace import sdpa_backend
@@ -97,14 +97,14 @@ def measure(job: Job) -> dict[str, Any]:
         # cuBLAS reads it when CUDA starts, and is not deterministic without.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     columns: dict[str, Any] = {}
+    work = case.workload(case.device)
     # Before the check compiles the same code: for the second time it takes a fraction.
-    compilation = {"compile_ms": _compile(case.workload(case.device), case.device)} if case.compiled else {}
+    compilation = {"compile_ms": _compile(work, case.device)} if case.compiled else {}
     found = agreement.check(case)
     if found is not None:
         columns = {"agreement_error": found.error, "agreement_tolerance": found.tolerance}
         if not found.ok:
             return columns | {"status": "incorrect", "reason": f"{found.where} is off by {found.error:.2g}"}
-    work = case.workload(case.device)
     columns |= compilation | {"impl": case.implementation(work)}
     if case.device == "cpu":
         columns["freed_memory"] = job.freed_memory
@@ -112,7 +112,15 @@ def measure(job: Job) -> dict[str, Any]:
     if columns["impl"] != "reference" and "flex" not in columns["impl"]:
         with work.settings():
             columns["sdpa_backend"] = sdpa_backend(work.step)
-    columns |= time_workload(work, case.device, job.patience, case.compiled, case.cuda_graph)
+    if case.device == "cuda":
+        # What is compiled or chosen in a first step is so beside other cells.
+        with work.settings():
+            work.step()
+        torch.cuda.synchronize()
+        # The check in fp64 took more than the rest will.
+        torch.cuda.empty_cache()
+    with isolation.alone():
+        columns |= time_workload(work, case.device, job.patience, case.cuda_graph)
     if case.replicate > 0:
         # The rest is the same in every process: the first one tells.
         return columns
@@ -144,12 +152,8 @@ def breakdown(job: Job, folder: str | None) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def time_workload(
-    work: Workload, device: str, patience: latency.Patience, compiled: bool = False, cuda_graph: bool = False
-) -> dict[str, Any]:
+def time_workload(work: Workload, device: str, patience: latency.Patience, cuda_graph: bool = False) -> dict[str, Any]:
     """Time of any workload, as columns of a row."""
-    if compiled:
-        work.compile()
     with work.settings(), work.replayed() if cuda_graph else nullcontext():
         return _time(work, device, patience)
 

@@ -66,16 +66,31 @@ def gpu_state() -> dict[str, Any]:
         pynvml.nvmlInit()
         gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
         reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
-        harmless = pynvml.nvmlClocksThrottleReasonGpuIdle | pynvml.nvmlClocksThrottleReasonApplicationsClocksSetting
-        others = [p for p in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu) if p.pid != os.getpid()]
+        # At its limit of power a GPU runs as it always will under such a load.
+        harmless = (
+            pynvml.nvmlClocksThrottleReasonGpuIdle
+            | pynvml.nvmlClocksThrottleReasonApplicationsClocksSetting
+            | pynvml.nvmlClocksThrottleReasonSwPowerCap
+        )
+        running = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
+        others = [pid for pid in running if not _of_this_run(pid)]
         return {
             "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
             "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
             "throttled": bool(reasons & ~harmless),
-            "foreign_processes": len(others),
+            # In a container NVML may name processes by numbers that mean nothing there, this one's too.
+            "foreign_processes": len(others) if os.getpid() in running else None,
         }
     except Exception:  # NVML is an extra: whatever is wrong with it, the measurement stands.
         return {}
+
+
+def _of_this_run(pid: int) -> bool:
+    """Whether a process was forked from the same server as this one."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getppid()
+    except (OSError, ValueError):
+        return pid == os.getpid()
 
 
 def check_device(device: str) -> str | None:

@@ -25,7 +25,7 @@ class Patience:
         seconds: stop after this long, ...
         floor: ... but not with fewer samples than this;
         most: stop at this many samples.
-        warm_up: seconds of steps before the first sample, at least one: after one step, the memory that all later
+        warm_up: seconds of steps before the first sample, at least two steps: after one, the memory that all later
             ones will use again is not all there yet.
     """
 
@@ -44,6 +44,8 @@ QUICK = Patience(least=3, seconds=0.05, warm_up=0.01)
 SAMPLE_MS = 1.0
 """A sample of a shorter step is the mean of several steps that take about this long together."""
 L2_FLUSH_BYTES = 256 << 20
+LONGEST_PAUSE = 0.05
+"""Seconds: a step that the host takes longer to queue keeps the device busy meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def measure(step: Callable[[], object], device: str, patience: Patience = STANDA
 
     end = time.perf_counter() + patience.warm_up
     run(1)
+    run(1)
     while time.perf_counter() < end:
         run(1)
     first = run(1)
@@ -127,11 +130,17 @@ def measure_device(step: Callable[[], object], patience: Patience = STANDARD) ->
     """CUDA: time on the device between two events around ``step``, with everything evicted from L2 before."""
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    queued = time.perf_counter() - start
+    torch.cuda.synchronize()
+    # Long enough a pause on the device for the host to queue the whole step behind it, at up to 2 GHz.
+    pause = int(2e9 * min(2 * queued + 1e-3, LONGEST_PAUSE))
 
     def sample() -> float:
         flush.zero_()
-        # Long enough a pause on the device for the host to queue the whole step behind it.
-        torch.cuda._sleep(2_000_000)
+        torch.cuda._sleep(pause)
         begin.record()
         step()
         end.record()

@@ -1,26 +1,26 @@
 """Memory of one step: predicted without a device, and measured on one.
 
-Predicted and measured bytes are both *allocated* bytes, the base (parameters, buffers, input, output gradient)
-included; an allocator may reserve more.
+Predicted and measured bytes are both what the step asks for, the base (parameters, buffers, input, output gradient)
+included. An allocator rounds that up and reserves more, and libraries keep workspaces: on CUDA what is reserved has it.
 """
 
 import gc
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from attention_zoo.contract import standing_for
 from profiling.scratch import Call, bound, is_opaque, memory_events, peak_of, scratch
 from profiling.workload import AUTOCAST, Workload, imitated
-
-CUDA_BLOCK = 512
-"""Bytes to which PyTorch's CUDA allocator rounds every allocation."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class Memory:
 class Allocations(TorchDispatchMode):
     """Follows every storage that an operator makes, from its birth to its last reference."""
 
-    def __init__(self, granularity: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.granularity = granularity
         self.live = self.peak = 0
         self._known: dict[int, weakref.finalize] = {}
         self._opaque: dict[Call, int] = {}
@@ -48,7 +47,7 @@ class Allocations(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
-        size = -(-storage.nbytes() // self.granularity) * self.granularity
+        size = storage.nbytes()
         self.live += size
         self._known[key] = weakref.finalize(storage, self._free, key, size)
 
@@ -100,14 +99,42 @@ def predict(work: Workload, device: str = "cpu") -> Memory:
     The module may be on any device, ``meta`` included; nothing of it is copied. Every operator runs on shapes
     alone and its storages are followed through forward and backward, so any resolution costs the same.
     """
-    tracker = Allocations(CUDA_BLOCK if device.startswith("cuda") else 1)
+    kind = device.partition(":")[0]
+    tracker = Allocations()
     with FakeTensorMode(), imitated(work, _fake) as imitation:
         for tensor in imitation.tensors():
             tracker.know(tensor)
         tracker.peak = base = tracker.live
-        with imitation.settings(), tracker:
+        with standing_for(kind), imitation.settings(), _casts(work, kind), tracker:
             imitation.step()
-    return Memory(base, tracker.peak if device.startswith("cuda") else tracker.peak_with_scratch())
+    return Memory(base, tracker.peak if kind == "cuda" else tracker.peak_with_scratch())
+
+
+class CudaCasts(TorchFunctionMode):
+    """Autocast as CUDA has it, on tensors of a CPU, whose autocast leaves these functions in half precision."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in CAST_TO_FP32:
+            args, kwargs = tree_map_only(Tensor, _to_fp32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+CAST_TO_FP32 = frozenset({
+    torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax, torch.nn.functional.layer_norm, torch.layer_norm,
+    torch.nn.functional.group_norm, torch.nn.functional.normalize, torch.norm, torch.Tensor.norm, torch.sum,
+    torch.Tensor.sum, torch.cumsum, torch.Tensor.cumsum, torch.exp, torch.Tensor.exp, torch.log, torch.Tensor.log,
+    torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt,
+})  # fmt: skip
+"""https://docs.pytorch.org/docs/stable/amp.html, CUDA ops that autocast to float32: those that attentions call."""
+
+
+def _to_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in AUTOCAST.values() else tensor
+
+
+def _casts(work: Workload, device: str) -> AbstractContextManager[object]:
+    return CudaCasts() if device == "cuda" and work.dtype in AUTOCAST else nullcontext()
 
 
 def measure(work: Workload, warm: bool = False) -> Memory:
@@ -135,11 +162,12 @@ def _measure_cuda(work: Workload) -> Memory:
     _forget_gradients(work)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    base = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    before, base = torch.cuda.memory_stats(device)["requested_bytes.all.current"], work.base_bytes()
     work.step()
     torch.cuda.synchronize(device)
-    return Memory(base, torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device))
+    peak = torch.cuda.memory_stats(device)["requested_bytes.all.peak"]
+    return Memory(base, base + peak - before, torch.cuda.max_memory_reserved(device))
 
 
 def _forget_gradients(work: Workload) -> None:

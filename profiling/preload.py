@@ -3,6 +3,7 @@
 import atexit
 import gc
 import os
+from unittest import mock
 
 import fvcore.nn  # noqa: F401
 import torch
@@ -13,8 +14,9 @@ import attention_zoo  # noqa: F401
 from profiling import cell, macs, memory  # noqa: F401
 from profiling.workload import Workload
 
-# The first prediction imports and caches much; on shapes alone it runs no kernel.
-with torch.device("meta"):
+# The first prediction imports and caches much; on shapes alone it runs no kernel. But FakeTensorMode asks whether there
+# is a GPU, and once asked, CUDA refuses to start in what is forked from here; "no" would have it ask some other way.
+with mock.patch("torch.cuda.is_available", lambda: True), torch.device("meta"):
     memory.predict(Workload(nn.Linear(8, 8), torch.empty(1, 8), "forward_backward"))
     macs.counted(Workload(nn.Linear(8, 8), torch.empty(1, 8), "forward_backward"))
 

@@ -116,7 +116,7 @@ class Row(pa.DataFrameModel):
     regions_per_side: Series[pd.Int64Dtype] = _count("bra: S, resolved where n_win is auto.")
     # memory
     memory_predicted_bytes: Series[pd.Int64Dtype] = _count(
-        "Peak allocated bytes of one step, base included, predicted without a run; see below."
+        "Most bytes that one step has asked for at once, base included, predicted without a run; see below."
     )
     memory_peak_bytes: Series[pd.Int64Dtype] = _count("The same, measured.")
     memory_base_bytes: Series[pd.Int64Dtype] = _count(

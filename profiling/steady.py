@@ -43,10 +43,26 @@ def displace_memory() -> None:
     Processes forked from one server inherit its layout. What that does to a case, 2 to 6 % between one run and the
     next, would be the same in all processes of a run, so that no number of them would show it.
     """
+    _take_what_is_free()
     anywhere = random.SystemRandom()
     _held.append(mmap.mmap(-1, mmap.PAGESIZE * anywhere.randrange(1, 2048)))
     _held.append(bytearray(64 * anywhere.randrange(1, 4096)))
     _held.extend(bytearray(64 * anywhere.randrange(1, 16384)) for _ in range(4))
+
+
+def _take_what_is_free() -> None:
+    """Take the gaps in the heap that the server left, so that what follows lies where its order alone puts it."""
+    library = ctypes.CDLL(None)
+    if sys.platform != "linux" or not hasattr(library, "sbrk"):
+        return
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.sbrk.restype, library.sbrk.argtypes = ctypes.c_void_p, [ctypes.c_ssize_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    end = library.sbrk(0)
+    for size in (1024 << power for power in range(10, -1, -1)):
+        while (taken := library.malloc(size)) and taken < end:
+            _held.append(taken)
+        library.free(taken)
 
 
 class Yardstick:

@@ -28,7 +28,7 @@ class Workload:
         module: any module from one tensor to one tensor.
         x: its input.
         mode: which step.
-        dtype: fp64 and fp32 run as they are; tf32 lets fp32 matrix products round their inputs; bf16 and
+        dtype: fp64 and fp32 run as they are; tf32 lets fp32 products and convolutions round their inputs; bf16 and
             fp16 run under autocast, parameters staying fp32.
         deterministic: refuse or replace kernels whose result may change from run to run.
         grad: the gradient of the output, for forward_backward; random numbers if not given.
@@ -114,12 +114,14 @@ class Workload:
     @contextmanager
     def settings(self) -> Iterator[None]:
         """The numerical settings of this workload, restored on exit."""
-        precision = torch.get_float32_matmul_precision()
+        precision, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         deterministic = torch.are_deterministic_algorithms_enabled()
         with ExitStack() as stack:
             stack.callback(torch.set_float32_matmul_precision, precision)
+            stack.callback(setattr, torch.backends.cudnn, "allow_tf32", convolutions)
             stack.callback(torch.use_deterministic_algorithms, deterministic)
             torch.set_float32_matmul_precision("high" if self.dtype == "tf32" else "highest")
+            torch.backends.cudnn.allow_tf32 = self.dtype == "tf32"
             torch.use_deterministic_algorithms(self.deterministic)
             if self.dtype in AUTOCAST and not self.x.is_meta:
                 # The cache would keep casts of the weights alive between steps.

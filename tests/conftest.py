@@ -17,6 +17,9 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tests compare with fp64, and not always under the settings of a workload.
+torch.backends.cudnn.allow_tf32 = False
+
 # A torch.device context remembers, at its first use, which functions make tensors: before they are replaced below.
 with torch.device("cpu"):
     torch.empty(0)

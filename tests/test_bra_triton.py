@@ -262,7 +262,9 @@ def test_operators_say_what_they_are() -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("soft", [False, True])
 def test_compiles_as_one_graph(soft: bool) -> None:
-    module = made("triton", torch.float32, 16, 1, n_win=2, topk=2, soft_routing=soft, diff_routing=soft)
+    # Convolutions of cuDNN may change their algorithm, and with it the last bit.
+    options: dict[str, Any] = dict(n_win=2, topk=2, soft_routing=soft, diff_routing=soft, side_dwconv=0 if GPU else 3)
+    module = made("triton", torch.float32, 16, 1, **options)
     x, grad = torch.randn(2, 1, 4, 4, 16).unbind()
     wanted = results(module, x, grad)
     module.compile(backend="aot_eager", fullgraph=True, dynamic=False)
@@ -317,7 +319,8 @@ REDUCED = ("kv_downsample_mode", "ada_avgpool"), ("kv_per_win", 2)
     [("forward", ()), ("forward_backward", ()), ("forward_backward", FACTORS), ("forward_backward", REDUCED)],
 )
 def test_predicted_memory_is_the_measured(mode: str, options: tuple[tuple[str, Any], ...]) -> None:
-    one = case(mode, *options)
+    # Workspaces of cuDNN are what no rule covers, and outweigh so small a grid.
+    one = case(mode, *options, *([("side_dwconv", 0)] if GPU else []))
     measured = memory.measure(one.workload(DEVICE))
     predicted = memory.predict(one.workload("meta"), DEVICE)
     assert predicted.base == measured.base

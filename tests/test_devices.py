@@ -6,6 +6,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,9 @@ def test_a_cell_sees_its_device_alone() -> None:
 def in_a_run_of_its_own(uuid: str, folder: str, seconds: float) -> None:
     """One of several runs that know nothing of each other: hold the GPU, and write down when."""
     devices.LOCKS = Path(folder)
-    with devices._turn(uuid):
+    turns = devices.Turns(uuid)
+    with closing(devices.Turn(turns)) as turn:
+        turn.take(alone=True)
         begin = time.monotonic()
         (Path(folder) / "held").touch()
         time.sleep(seconds)
@@ -114,6 +118,85 @@ def test_two_runs_take_turns_on_a_gpu(tmp_path: Path) -> None:
     found = sorted([float(word) for word in line.split()] for line in (tmp_path / "spans").read_text().splitlines())
     assert len(found) == 3
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(found))
+
+
+def spans_of(folder: str, name: str, seconds: float) -> None:
+    """A cell that gets ready, is timed alone, and has something left to do; it writes down when it did which."""
+    spans = [time.monotonic()]
+    time.sleep(seconds)
+    with isolation.alone():
+        spans.append(time.monotonic())
+        time.sleep(seconds)
+        spans.append(time.monotonic())
+    time.sleep(seconds)
+    # Released and taken again between two of them, so the ends of what is shared are those of the cell.
+    (Path(folder) / name).write_text(" ".join(map(str, [*spans, time.monotonic()])))
+
+
+def several_cells(uuid: str, locks: str, folder: str, name: str) -> None:
+    """A run that has three cells at once in hand on a GPU."""
+    devices.LOCKS = Path(locks)
+    isolation.start()
+    device = Device(uuid=uuid, available=100, at_once=3)
+    with ThreadPoolExecutor(3) as pool:
+        names = [f"{name}{number}" for number in range(6)]
+        outcomes = list(pool.map(lambda n: device.call_beside(1, spans_of, folder, n, 0.1, timeout=60), names))
+    assert {outcome.status for outcome in outcomes} == {"ok"}
+
+
+def test_cells_get_ready_together_and_are_timed_alone_also_between_runs(tmp_path: Path) -> None:
+    (tmp_path / "spans").mkdir()
+    start = isolation._context.Process
+    runs = [start(target=several_cells, args=("GPU-z", str(tmp_path), str(tmp_path / "spans"), n)) for n in "ab"]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+        assert run.exitcode == 0
+    found = [list(map(float, path.read_text().split())) for path in (tmp_path / "spans").iterdir()]
+    assert len(found) == 12
+    alone = sorted((begin, end) for _, begin, end, _ in found)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(alone))
+    # Asleep while it gets ready, for 0.1 s at least: not one of these moments is another's to be timed in.
+    ready = [(begin, begin + 0.09) for begin, *_ in found] + [(end - 0.09, end) for *_, end in found]
+    assert not any(a < end and begin < b for a, b in alone for begin, end in ready)
+    assert sum(a < end and begin < b for (a, b), (begin, end) in itertools.combinations(ready, 2)) >= 4
+
+
+def test_waiting_for_a_turn_is_not_the_cells_time(tmp_path: Path) -> None:
+    device = Device(uuid="GPU-w", available=100, at_once=2)
+    with ThreadPoolExecutor(1) as pool, closing(devices.Turn(device._turns)) as other:
+        other.take(alone=False)
+        waiting = pool.submit(device.call_beside, 1, spans_of, str(tmp_path), "spans", 0.1, timeout=1.0)
+        time.sleep(1.5)
+        other.close()
+        outcome = waiting.result()
+    assert outcome.status == "ok" and 0.3 <= outcome.seconds < 1.0
+
+
+def test_a_cell_for_which_there_is_no_room_beside_others_waits_for_them() -> None:
+    turns = devices.Turns("GPU-r")
+    told: list[str] = []
+
+    def one(name: str, needs: int, seconds: float) -> None:
+        with turns.room(needs, 100):
+            told.append(f"{name} in")
+            time.sleep(seconds)
+            told.append(f"{name} out")
+
+    with ThreadPoolExecutor(3) as pool:
+        for name, needs, seconds in (("small", 40, 0.3), ("large", 500, 0.1), ("too", 50, 0.5)):
+            pool.submit(one, name, needs, seconds)
+            time.sleep(0.05)
+    assert told == ["small in", "too in", "small out", "too out", "large in", "large out"]
+
+
+def test_what_did_not_fit_beside_others_is_tried_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (device,) = machine("Paper GPU")
+    device.at_once = 2
+    beside = lambda *a, **k: isolation.Outcome("oom", reason="others were there")  # noqa: E731
+    monkeypatch.setattr(device, "call_beside", beside)
+    assert run(tmp_path, [device]).report.statuses == {"ok": 6}
 
 
 def test_a_lock_of_a_run_that_died_is_free(tmp_path: Path) -> None:
@@ -179,6 +262,22 @@ def test_nothing_runs_beside_a_cpu_that_is_timed_and_one_cell_at_a_time_on_each_
     assert sorted(piece.number for done, piece, _ in events if not done) == list(range(300))
     assert watch.most["measure"] == 3 and all(watch.most[uuid] == 1 for uuid in "123")
     assert watch.mixed == beside
+
+
+def test_a_device_has_as_many_cells_in_hand_as_it_takes() -> None:
+    watch = Watch()
+    groups = {"a": [Device(uuid="1", at_once=3)], "b": [Device(uuid="2"), Device(uuid="3", at_once=2)]}
+
+    def measure(piece: Piece, row: dict[str, Any], device: Device) -> dict[str, Any]:
+        number = watch.begun["measure"]
+        everyone = lambda: watch.begun["measure"] >= 6  # noqa: E731
+        watch.work("measure", str(device.uuid), until=everyone if number < 6 else lambda: True)
+        return row | {"status": "ok"}
+
+    count = lambda pieces: [{"status": "measure"}] * len(pieces)  # noqa: E731
+    ends = [piece.number for done, piece, _ in schedule(map(Piece, range(100)), count, measure, groups, True) if done]
+    assert sorted(ends) == list(range(100))
+    assert [watch.most[name] for name in ("measure", "1", "2", "3")] == [6, 3, 1, 2]
 
 
 def test_a_failure_of_the_run_ends_the_cells_at_once(tmp_path: Path) -> None:

@@ -212,6 +212,16 @@ def test_arguments_larger_than_the_pipe_arrive_whole() -> None:
     assert call(len, bytes(5 << 20), timeout=20).value == 5 << 20
 
 
+def in_a_bad_fork() -> bool:
+    return torch.cuda._is_in_bad_fork()
+
+
+def test_cuda_can_start_in_a_child() -> None:
+    # PyTorch built for CUDA refuses that once its parent has as much as asked whether there is a GPU.
+    isolation.start()
+    assert call(in_a_bad_fork).value is False
+
+
 def test_the_child_is_another_process_and_gone_afterwards() -> None:
     pids = {call(os.getpid).value for _ in range(3)}
     assert len(pids) == 3 and os.getpid() not in pids

@@ -179,12 +179,22 @@ def test_what_two_names_share_is_counted_once() -> None:
     assert work.base_bytes() == memory.predict(work).base == 4 * (40 * 40 + 40 + 9 * 40)
 
 
-def test_on_cuda_allocations_are_rounded_to_blocks() -> None:
-    found = memory.predict(workload("linear"), "cuda")
-    block = memory.CUDA_BLOCK
-    sizes = [2 * 50 * 64 * 4, 64 * 32 * 4, 32 * 4]
-    assert found.base == sum(-(-size // block) * block for size in sizes)
-    assert found.peak == found.base + -(-2 * 50 * 32 * 4 // block) * block
+def test_a_prediction_for_cuda_casts_as_autocast_does_there() -> None:
+    class Scores(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(super().forward(x), dim=-1)
+
+    kib, x = 1 << 10, torch.randn(64, 64)
+    # Input 16 KiB and weight 64; scores in bf16 32; then these in fp32 64, and their softmax 64.
+    found = memory.predict(Workload(Scores(64, 256, bias=False), x, dtype="bf16"), "cuda")
+    assert (found.base, found.peak) == (80 * kib, 240 * kib)
+
+
+def test_a_prediction_for_cuda_takes_the_way_that_is_taken_there() -> None:
+    work = Case("bra", 56, 56, options=(("n_win", 7), ("topk", 16)), impl="sdpa").workload("meta")
+    gathered = 2 * 4 * 49 * 16 * 64 * 64
+    here, there = memory.predict(work, "cpu").peak, memory.predict(work, "cuda:0").peak
+    assert here < gathered < there < here + 1.1 * gathered
 
 
 def test_a_prediction_leaves_the_module_alone() -> None:

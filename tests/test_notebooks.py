@@ -21,6 +21,7 @@ from notebooks import (
     cost_split,
     crossover,
     export,
+    latency,
     limits,
     one_config,
     pareto,
@@ -29,6 +30,7 @@ from notebooks import (
     published,
     routes,
     speed,
+    targets,
 )  # fmt: skip
 from profiling.rows import agree, load, validate
 
@@ -48,6 +50,9 @@ TABLES = {
     "stl",
     "break_even",
     "bra_break_even",
+    "precision",
+    "memory_prediction",
+    "targets_cpu",
 }
 TABLES |= {"pareto_forward", "pareto_forward_backward"}
 PARTS = {"macs_projection": 50, "macs_routing": 10, "macs_attention": 30, "macs_local_conv": 10, "macs_analytic": 100}
@@ -120,6 +125,13 @@ def ablations() -> Iterator[dict[str, Any]]:
         yield cell("stl", "biformer_stl", mode, 224, 2**26, None, attention="shifted_window", **swin, **macs)
 
 
+def precision() -> Iterator[dict[str, Any]]:
+    for name, fp32, bf16 in (("full", 8.0, 2.0), ("bra", 3.0, 6.0)):
+        yield cell("precision", name, "forward", 56, 2**21, fp32)
+        yield cell("precision", name, "forward", 56, None, bf16, dtype="bf16", memory_peak_bytes=2**20)
+    yield cell("precision", "window", "forward", 56, None, 1.0, dtype="bf16")
+
+
 def growth() -> Iterator[dict[str, Any]]:
     """Costs that are powers of the side from 32 on, and something else below, which the fit has to leave out."""
     for side in (8, 16, 32, 64, 128, 256, 512):
@@ -168,7 +180,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     device = folder / "round-numbers"
     device.mkdir()
     (device / "peaks.csv").write_text("what,per_second,unit\nfp32,1e9,FLOP\n")
-    table = validate([*resolution(), *ablations(), *growth(), *speeds()])
+    table = validate([*resolution(), *ablations(), *growth(), *speeds(), *precision()])
     for sweep, rows in table.groupby("sweep"):
         rows.to_csv(device / f"{sweep}.csv", index=False)
     (folder / one_config.STORED).write_text(json.dumps(profile()))
@@ -247,6 +259,8 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
         ("memory_resolution_curves", "memory runs out at these tokens per side (interpolated): full near 32."),
         ("memory_resolution_curves", "bra, my_plugin still fit at 128 x 128, with at most 256 MiB."),
         ("memory_resolution_curves", "Predicted and measured peak memory are equal in all 14 measured cells."),
+        ("memory_resolution_curves", "| full | reference | forward | 3 | +0.000% | +0.000% | 56 x 56, fp32, batch 1, "),
+        ("memory_resolution_curves", "differ by at most 0.00% in "),
         ("memory_resolution_curves", "takes 48.0x as long with full (48.0 ms) as with my_plugin (1.00 ms)."),
         ("memory_resolution_curves", "| full | near 32 (fits at 16, not at 64) | 2.00 |"),
         ("memory_resolution_curves", "| bra | fits at 128 | 1.00 |"),
@@ -273,6 +287,9 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
         ("bra_speed", "| reference | forward | fp32 | not faster up to 112, the largest grid measured with both |"),
         ("bra_speed", "Forward, sdpa: 6.00x (geometric mean of 2; least 2.00x, at 56 x 56 x 64, topk 1, n_win 7)"),
         ("bra_speed", "reference, 4.00x (geometric mean of 3; least 4.00x, at 56 x 56 x 64, topk 1, n_win 7) less"),
+        ("bra_speed", "BRA takes of the time of windows: reference 19.0x (2 shapes), sdpa 3.16x (2 shapes)."),
+        ("bra_speed", "fp32, as fast, geometric mean | forward | 2.50x | 6.00x (mean of 2) | 2.00x | 56 x 56 x 64"),
+        ("bra_speed", "fp32, less memory, each | forward | 1.00x | 4.00x (mean of 3) | 4.00x | 56 x 56 x 64"),
         ("bra_ablations", "avgpool from 64 to 16 keys per query, takes 25% of the time and 25% of the memory"),
         ("bra_ablations", "from 1 to 16: projection goes from 50% to 50% of the MACs; routing is 10.00% to 10.00%."),
         ("latency_and_pareto", "Forward at 16 x 16: from 1.00 ms with my_plugin to 48.0 ms with full, over 4"),
@@ -280,6 +297,10 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
         ("latency_and_pareto", "| full | oom | 16,384 | 4.10 | 4.00 |  |  |"),
         ("latency_and_pareto", "| full | forward | no break-even from 8 to 16: 0.0417x the cost | no break-even from "),
         ("latency_and_pareto", "it is faster throughout, and takes 0.0417x at 8 and 0.0417x at 16 the other's time."),
+        ("latency_and_pareto", "| attention | forward, 56 x 56 |"),
+        ("latency_and_pareto", "| bra | 0.500x |"),
+        ("latency_and_pareto", "forward at 56 x 56: 1.41x as fast (geometric mean of 2; from 0.500x, bra, to 4.00x"),
+        ("latency_and_pareto", "no row here has a device time."),
         ("profile_one_config", "this is the result kept on 2026-01-02, of Round Numbers."),
         ("profile_one_config", "| MACs, by fvcore | 1,010 | +1.00% against the formula |"),
         ("profile_one_config", "The counters of MACs differ by 1.00%: 1,000 (analytic) to 1,010 (fvcore)."),
@@ -305,7 +326,7 @@ def test_failed_cells_are_listed_with_their_reasons(shown: dict[tuple[str, str],
         ("memory_resolution_curves", ["resolution"]),
         ("complexity_tables", ["models", "resolution", "complexity", "stl"]),
         ("bra_ablations", ["topk", "kv_downsample"]),
-        ("latency_and_pareto", ["resolution"]),
+        ("latency_and_pareto", ["resolution", "precision"]),
         ("routing_gallery", ["topk"]),
         ("bra_speed", ["bra_speed"]),
     ],
@@ -336,6 +357,39 @@ def test_without_data_the_command_is_named_once(
 def test_break_even(ours: dict[int, float], full: dict[int, float], side: float | None, words: str) -> None:
     found = break_even.break_even(pd.Series(ours), pd.Series(full))
     assert found[1] == words and found[0] == (None if side is None else pytest.approx(side))
+
+
+def test_what_was_to_be_reached_on_a_gpu_stands_beside_what_was() -> None:
+    rows = []
+    for who, ms in (("reference", 10.0), ("triton", 1.0), ("flex", 1.2)):
+        for batch in (1, 128):
+            more = {"impl_requested": who, "dtype": "bf16", "device": "cuda", "batch": batch}
+            rows.append(cell("bra_speed", "bra", "forward", 112, 2**20, ms, n_win="7", topk=4, **more))
+            rows.append(
+                cell("bra_speed", "bra", "forward", 56, 2**20, 2.0 if batch > 1 else ms, n_win="7", topk=1, **more)
+            )
+    with plots.kept() as shown:
+        targets.table(plots.Results(validate(rows)))
+    (table,) = map(str, shown)
+    at = "112 x 112 x 64, topk 4, n_win 7"
+    where = "at 112, 224, 256, bf16, as fast, each | forward"
+    assert f"| triton against reference, {where} | 8.00x | 10.0x (mean of 1) | 10.0x | {at} | yes |" in table
+    assert f"| triton against flex, {where} | 1.30x | 1.20x (mean of 1) | 1.20x | {at} | no |" in table
+    assert f"| triton against reference, compiled, {where} | 3.00x |  |  |  |  |" in table
+    small = "at 56, 28, 14, batch 1 and 128, bf16, as fast, each | forward | 1.00x | 3.16x (mean of 2) | 1.00x"
+    assert f"| triton against reference, {small} | 56 x 56 x 64, topk 1, n_win 7, batch 128 | yes |" in table
+    assert "sdpa" not in table
+
+
+def test_what_is_bound_by_launches_is_told_of_a_gpu() -> None:
+    timed = ((8, 3.0), (16, 2.5), (64, 1.0))
+    rows = [cell("resolution", "full", "forward", n, 1, 1.0, device="cuda", launch_bound=x) for n, x in timed]
+    results = plots.Results(validate(rows))
+    with plots.kept() as shown:
+        latency.launches(results)
+        found = latency.findings(results)
+    assert "| full | 3.00 | 2.50 | 1.00 |" in str(shown[0])
+    assert any("up to 16 x 16 launching" in sentence for sentence in found)
 
 
 def test_speed_ups_keep_settings_launches_and_batches_apart() -> None:

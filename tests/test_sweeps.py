@@ -1,5 +1,6 @@
 """The sweeps: what they ask, which cases answer it, and that all of them run from end to end."""
 
+import math
 import os
 import subprocess
 import sys
@@ -158,6 +159,29 @@ def test_more_processes_follow_until_they_agree(tmp_path: Path, monkeypatch: pyt
         assert list(cell.loc[cell["memory_peak_bytes"].notna(), "replicate"]) == [0]
     assert not list(Launcher(Settings(results=tmp_path)).run({"tiny": sweep}))
     assert len(list(Launcher(Settings(results=tmp_path, smoke=True)).run({"tiny": sweep}))) == 0
+
+
+def test_every_case_is_run_once_before_any_is_run_again(tmp_path: Path) -> None:
+    sweep = Sweep("q?", "e", axes={"grid": (4, 8)}, fixed={"name": "full", "dim": 8}, replicates=3, patience=QUICK)
+    ran = [
+        (cell.sweep, cell.case.replicate)
+        for cell, _, _ in Launcher(Settings(results=tmp_path)).run({"a": sweep, "b": sweep})
+    ]
+    assert [replicate for _, replicate in ran[:12]] == [0] * 4 + [1] * 4 + [2] * 4
+    assert sorted(name for name, _ in ran[:4]) == ["a", "a", "b", "b"]
+
+
+def test_a_run_whose_time_is_up_begins_nothing_and_goes_on_later(tmp_path: Path) -> None:
+    sweep = Sweep(
+        "q?", "e", axes={"seed": tuple(range(40))}, fixed={"name": "full", "dim": 8, "grid": 4}, patience=QUICK
+    )
+    for minutes in (1e-9, 0.02, math.inf):
+        launcher = Launcher(Settings(results=tmp_path, minutes=minutes))
+        begun = len(list(launcher.run({"tiny": sweep})))
+        done = sum(launcher.report.statuses.values())
+        assert done + launcher.report.skipped + launcher.report.left == 40
+        assert done == 0 if minutes < 1e-3 else 0 < done <= begun
+    assert launcher.report.left == 0 and len(load(launcher.folder / "tiny.csv")) == 40
 
 
 def test_an_attention_of_a_plugin_takes_part_in_the_resolution_sweep() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attention_zoo import regions
 from attention_zoo.attend import merge_heads, split_heads
-from attention_zoo.contract import Unsupported
+from attention_zoo.contract import Unsupported, device_type
 from attention_zoo.stages import stage
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class _RoutedAttention(torch.autograd.Function):
 
 def _chunks(k: Float[Tensor, "r s e"], v: Float[Tensor, "r s c"], index: Int[Tensor, "r k"]) -> Iterator[slice]:
     per_region = index.shape[1] * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
-    step = max(1, CHUNK_BYTES.get(k.device.type, 1 << 62) // per_region)
+    step = max(1, CHUNK_BYTES.get(device_type(k), 1 << 62) // per_region)
     return (slice(start, start + step) for start in range(0, len(index), step))
 
 
@@ -151,7 +151,7 @@ def _gathered(
 
 def _is_fused(q: Tensor, v: Tensor) -> bool:
     """Whether the CPU's own kernel can be called, which hands out what its backward pass needs."""
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+    return device_type(q) == "cpu" and q.shape[-1] == v.shape[-1]
 
 
 def _attend(
