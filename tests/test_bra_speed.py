@@ -126,6 +126,8 @@ def test_every_implementation_meets_every_shape_in_both_modes(device: str, monke
         for mode in MODES
         for dtype in dtypes
         for dim, heads, grid, topk, n_win in [*EIGHT, *((64, 2, 56, topk, 7) for topk in (2, 4, 8, 16))]
+        # A GPU's time goes to bf16: in fp32 it runs what is compared there.
+        if dtype == "bf16" or device == "cpu" or (who[0] == "bra" and who[1] != "flex" and (topk == 1 or grid != 56))
     }
     assert wanted <= found and {c.dtype for c in cases} == set(dtypes)
     grids = {(c.name, c.mode, c.dim, c.height) for c in cases if c.name in ("window", "full") and c.impl == "sdpa"}

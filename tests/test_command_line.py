@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("run_all", "--launcher cloud", "--launcher: invalid choice: 'cloud' .*local.*slurm"),
         ("run_all", "--slurm partition=gpu", "--slurm is for --launcher slurm"),
         ("run_all", "--launcher slurm --slurm gpu", "--slurm: 'gpu' is not valid; valid: key=value"),
-        ("run_all", "--launcher slurm --gpus 0", "--gpus and --dry-run are for --launcher local"),
+        ("run_all", "--launcher slurm --gpus 0", "--gpus, --minutes and --dry-run are for --launcher local"),
         ("run_all", "--launcher slurm --shards 0", "--shards: '0' is not valid; valid: an integer >= 1"),
         ("ablations", "", "COMMAND"),
         ("ablations", "contrast a b", "invalid choice: 'contrast' .*compare"),
