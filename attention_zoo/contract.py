@@ -40,6 +40,11 @@ def device_type(tensor: Tensor) -> str:
     return _stood_for or tensor.device.type
 
 
+def only_memory_is_followed() -> bool:
+    """Whether the step runs on shapes alone to see what memory it takes: what repeats itself takes no more."""
+    return _stood_for is not None
+
+
 @dataclass(frozen=True)
 class Macs:
     """Multiply-accumulates of one forward pass of one image, split by what they are spent on."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import profiling
 from attention_zoo import load_plugin
+from attention_zoo.bra import sdpa
 from profiling import agreement, environment, latency, macs, memory, roofline, steady, trace
 from profiling.case import Case
 from profiling.latency import Latency, Patience
@@ -195,6 +196,18 @@ def test_a_prediction_for_cuda_takes_the_way_that_is_taken_there() -> None:
     gathered = 2 * 4 * 49 * 16 * 64 * 64
     here, there = memory.predict(work, "cpu").peak, memory.predict(work, "cuda:0").peak
     assert here < gathered < there < here + 1.1 * gathered
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+@pytest.mark.parametrize("qk_dim", [64, 32])
+def test_what_repeats_itself_takes_no_more_memory(mode: Mode, qk_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 256 regions of 16 tokens in 18 chunks, the last not full; with another qk_dim attention runs once more.
+    options = (("n_win", 16), ("topk", 4), ("qk_dim", qk_dim))
+    work = Case("bra", 64, 64, options=options, impl="sdpa", mode=mode).workload("meta")
+    monkeypatch.setattr(sdpa, "CHUNK_BYTES", {"cpu": 15 * 4 * 16 * (64 + qk_dim) * 4})
+    some = memory.predict(work)
+    monkeypatch.setattr(sdpa, "only_memory_is_followed", lambda: False)
+    assert memory.predict(work) == some
 
 
 def test_a_prediction_leaves_the_module_alone() -> None:

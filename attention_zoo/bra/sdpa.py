@@ -8,7 +8,7 @@ Shape legend: b batch, h w grid, p regions, r regions of the whole batch, a some
 y x n tokens of a region (per column, per row, all), s after kv downsampling, m heads, c dim, e qk_dim.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attention_zoo import regions
 from attention_zoo.attend import merge_heads, split_heads
-from attention_zoo.contract import Unsupported, device_type
+from attention_zoo.contract import Unsupported, device_type, only_memory_is_followed
 from attention_zoo.stages import stage
 
 if TYPE_CHECKING:
@@ -136,7 +136,10 @@ class _RoutedAttention(torch.autograd.Function):
 def _chunks(k: Float[Tensor, "r s e"], v: Float[Tensor, "r s c"], index: Int[Tensor, "r k"]) -> Iterator[slice]:
     per_region = index.shape[1] * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
     step = max(1, CHUNK_BYTES.get(device_type(k), 1 << 62) // per_region)
-    return (slice(start, start + step) for start in range(0, len(index), step))
+    starts: Iterable[int] = range(0, len(index), step)
+    if only_memory_is_followed():
+        starts = sorted({0, step, (len(index) - 1) // step * step} & set(starts))
+    return (slice(start, start + step) for start in starts)
 
 
 def _gathered(
@@ -173,7 +176,6 @@ def _gradients(
     if _is_fused(q, v):
         by_head = (split_heads(t, heads) for t in (grad, q, k, v, out))
         return [merge_heads(t) for t in _flash_backward(*by_head, lse.transpose(1, 2), 0.0, False, scale=scale)]
-    with torch.enable_grad():
-        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-        again, _ = _attend(q, k, v, heads, scale)
-    return list(torch.autograd.grad(again, (q, k, v), grad))
+    # Not by autograd.grad: a compiler cannot follow a tensor that comes to need a gradient within the step.
+    gradients: Any = torch.func.vjp(lambda q, k, v: _attend(q, k, v, heads, scale)[0], q, k, v)[1]
+    return list(gradients(grad))
