@@ -122,7 +122,8 @@ def growth(curve: pd.Series) -> float:
 def findings(results: Results) -> list[str]:
     """Sentences computed from the rows of the resolution sweep; none without rows."""
     found = [sentence for mode in MODES for sentence in _limit_sentences(results, mode)]
-    found += [sentence for sentence in (_accuracy(results), _spread(results)) if sentence]
+    if sentence := _spread(results):
+        found.append(sentence)
     say(*found)
     return found
 
@@ -140,21 +141,6 @@ def _limit_sentences(results: Results, mode: str) -> Iterator[str]:
         largest = max(found[label].below or 0 for label in stay)
         need = size(max(curves[label].iloc[-1] for label in stay))
         yield f"{MODES[mode].capitalize()}: {', '.join(stay)} still fit at {largest} x {largest}, with at most {need}."
-
-
-def _accuracy(results: Results) -> str | None:
-    rows = results.sweep("resolution").dropna(subset=["memory_predicted_bytes", "memory_peak_bytes"])
-    if rows.empty:
-        return None
-    off = (rows["memory_predicted_bytes"].astype(float) / rows["memory_peak_bytes"].astype(float) - 1).abs()
-    if off.max() == 0:
-        return f"Predicted and measured peak memory are equal in all {len(rows)} measured cells."
-    worst = rows.loc[off.idxmax()]
-    where = f"{worst['name']} at {worst['height']} x {worst['width']}, {MODES[worst['mode']]}"
-    return (
-        f"Predicted and measured peak memory differ by at most {off.max():.2%} in {len(rows)} measured cells "
-        f"({(off > 0.01).sum()} of them by more than 1 %; the most: {where})."
-    )
 
 
 def _spread(results: Results) -> str | None:

@@ -37,11 +37,13 @@ def findings(results: Results) -> list[str]:
     """How right the predictions were, in a sentence."""
     off = errors(results).abs()
     found = []
-    if len(off):
+    if len(off) and off.max() == 0:
+        found.append(f"Predicted and measured peak memory are equal in all {len(off)} measured cells.")
+    elif len(off):
         worst = results.rows.loc[off.idxmax()]
         impl = worst["impl_requested"] if pd.isna(worst["impl"]) else worst["impl"]
         found.append(
-            f"Predicted and measured peak memory differ by at most {off.max():.2%} in {len(off)} cells "
+            f"Predicted and measured peak memory differ by at most {off.max():.2%} in {len(off)} measured cells "
             f"({worst['name']}, {impl}, {MODES[worst['mode']]} at {worst['height']} x {worst['width']}, "
             f"{worst['dtype']}); {(off > 0.03).sum()} cells by more than 3 %."
         )

@@ -26,6 +26,7 @@ from notebooks import (
     one_config,
     pareto,
     plots,
+    prediction,
     programs,
     published,
     routes,
@@ -265,9 +266,8 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
     [
         ("memory_resolution_curves", "memory runs out at these tokens per side (interpolated): full near 32."),
         ("memory_resolution_curves", "bra, my_plugin still fit at 128 x 128, with at most 256 MiB."),
-        ("memory_resolution_curves", "Predicted and measured peak memory are equal in all 14 measured cells."),
+        ("memory_resolution_curves", "Predicted and measured peak memory are equal in all 56 measured cells."),
         ("memory_resolution_curves", "| full | reference | forward | 3 | +0.000% | +0.000% | 56 x 56, fp32, batch 1, "),
-        ("memory_resolution_curves", "differ by at most 0.00% in "),
         ("memory_resolution_curves", "takes 48.0x as long with full (48.0 ms) as with my_plugin (1.00 ms)."),
         ("memory_resolution_curves", "| full | near 32 (fits at 16, not at 64) | 2.00 |"),
         ("memory_resolution_curves", "| bra | fits at 128 | 1.00 |"),
@@ -386,6 +386,17 @@ def test_what_was_to_be_reached_on_a_gpu_stands_beside_what_was() -> None:
     small = "at 56, 28, 14, batch 1 and 128, bf16, as fast, each | forward | 1.00x | 3.16x (mean of 2) | 1.00x"
     assert f"| triton against reference, {small} | 56 x 56 x 64, topk 1, n_win 7, batch 128 | yes |" in table
     assert "sdpa" not in table
+
+
+def test_a_prediction_that_is_off_is_told_with_its_cell() -> None:
+    rows = [cell("topk", "bra", "forward", side, 2**20, 1.0, n_win="7", topk=1, impl="sdpa") for side in (7, 14)]
+    rows[1]["memory_peak_bytes"] = 2**19
+    with plots.kept():
+        found = prediction.findings(plots.Results(validate(rows)))
+    assert found == [
+        "Predicted and measured peak memory differ by at most 100.00% in 2 measured cells (bra, sdpa, forward at "
+        "14 x 14, fp32); 1 cells by more than 3 %."
+    ]
 
 
 def test_what_is_bound_by_launches_is_told_of_a_gpu() -> None:
