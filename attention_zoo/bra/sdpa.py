@@ -2,7 +2,7 @@
 
 Keys and values are gathered only for the query regions in hand, and again in the backward pass, whose gradients
 are added region by region: nothing of the size of topk x tokens, tokens x keys or regions x regions x tokens
-ever exists. A grid so small that its whole mask fits a cache is not gathered at all: it attends under the mask.
+ever exists.
 
 Shape legend: b batch, h w grid, p regions, r regions of the whole batch, a some of these, k routed regions,
 y x n tokens of a region (per column, per row, all), s after kv downsampling, m heads, c dim, e qk_dim.
