@@ -4,8 +4,8 @@ A cell that several processes measured is taken at their mean and interval (``re
 process, the interval goes from the lower to the upper quartile of its samples, which says nothing of what differs
 between processes: expect more AMBIGUOUS, and false alarms on a busy machine.
 
-Two runs on the same device with the same PyTorch are compared at the same speed of the machine, as the yardstick
-beside every cell tells it; that speed is shown with the environment.
+Two runs on the same device with the same PyTorch are compared at the same speed of the machine, as the yardsticks
+beside every cell tell it; that speed is shown with the environment.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attention_zoo import InvalidOption
-from profiling.replicates import at_speed, interval
+from profiling.replicates import YARDSTICKS, at_speed, interval, speed
 from profiling.rows import KEY, STATUSES, load
 
 TOLERANCE = 0.057
@@ -70,9 +70,9 @@ def read(path: Path) -> pd.DataFrame:
 def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     """Compare run B with run A."""
     shared = set(a["sweep"]) & set(b["sweep"])
-    speed = _speed(*(rows[rows["sweep"].isin(shared)] for rows in (a, b)))
-    if speed:
-        a, b = (at_speed(rows, speed[0]) for rows in (a, b))
+    speeds = _speed(*(rows[rows["sweep"].isin(shared)] for rows in (a, b)))
+    if speeds:
+        a, b = (at_speed(rows, speeds[0]) for rows in (a, b))
     one, two = _by_case(a), _by_case(b)
     both = [case for case in one.index if case in two.index]
     cells = pd.DataFrame(
@@ -81,7 +81,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     )
     return Comparison(
         cells,
-        _environment(a, b) | _told(speed),
+        _environment(a, b) | _told(speeds),
         [case for case in one.index if case not in two.index],
         [case for case in two.index if case not in one.index],
     )
@@ -148,18 +148,23 @@ def markdown(found: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _speed(a: pd.DataFrame, b: pd.DataFrame) -> tuple[float, float] | None:
-    """The yardstick of both runs in ms; None if it is not the same work on the same device, or there is none."""
+def _speed(a: pd.DataFrame, b: pd.DataFrame) -> tuple[pd.Series, pd.Series] | None:
+    """The yardsticks of both runs in ms; None if it is not the same work on the same device, or there is none."""
     sides = [rows.dropna(subset="yardstick_ms") for rows in (a, b)]
     if any(side.empty for side in sides) or pd.concat(sides)[["device_name", "torch"]].drop_duplicates().shape[0] > 1:
         return None
-    one, two = (float(side["yardstick_ms"].median()) for side in sides)
-    return one, two
+    return speed(sides[0]), speed(sides[1])
 
 
-def _told(speed: tuple[float, float] | None) -> dict[str, tuple[str, str]]:
-    one, two = (f"{ms:.3g}" for ms in speed or (0, 0))
-    return {} if one == two else {"yardstick_ms": (one, f"{two}, allowed for")}
+def _told(speeds: tuple[pd.Series, pd.Series] | None) -> dict[str, tuple[str, str]]:
+    if speeds is None:
+        return {}
+    told = {column: tuple(f"{side[column]:.3g}" for side in speeds) for column in YARDSTICKS}
+    return {
+        column: (one, f"{two}, allowed for")
+        for column, (one, two) in told.items()
+        if one != two and "nan" not in (one, two)
+    }
 
 
 def _by_case(rows: pd.DataFrame) -> pd.DataFrame:

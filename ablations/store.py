@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from attention_zoo import InvalidOption
-from profiling.replicates import at_speed
+from profiling.replicates import at_speed, speed
 from profiling.rows import COLUMNS, KEY, check, load
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
@@ -65,7 +65,7 @@ class Store:
     def times(self) -> dict[tuple[str, ...], float | None]:
         """The median latency of every row in ms at the same speed of the machine, by its key; None where none is."""
         rows = self.frame()
-        times = at_speed(rows, rows["yardstick_ms"].median())["latency_p50_ms"]
+        times = at_speed(rows, speed(rows))["latency_p50_ms"]
         keys = (tuple(text[: len(KEY)]) for text in read(self.path))
         return {key: None if time != time else time for key, time in zip(keys, times, strict=True)}
 

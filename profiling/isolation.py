@@ -5,6 +5,7 @@ costs tens of milliseconds. A segfault, a hang, an endless allocation and an exc
 """
 
 import ctypes
+import importlib
 import multiprocessing
 import os
 import resource
@@ -51,7 +52,7 @@ def start() -> None:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, before]))
     try:
-        outcome = call(_nothing)
+        outcome = call(_preload)
         if outcome.status != "ok":
             raise StartError(f"cannot start processes: {outcome.reason}")
     finally:
@@ -232,5 +233,6 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _nothing() -> None:
-    pass
+def _preload() -> None:
+    # The server says nothing when it cannot import this; a child does.
+    importlib.import_module("profiling.preload")

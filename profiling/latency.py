@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from profiling.steady import EVERY, Yardstick
+from profiling import steady
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ QUICK = Patience(least=3, seconds=0.05, warm_up=0.01)
 """For smoke runs."""
 SAMPLE_MS = 1.0
 """A sample of a shorter step is the mean of several steps that take about this long together."""
+LONG_MS = 30.0
+"""A longer step does not feel what the caches hold when it begins."""
 L2_FLUSH_BYTES = 256 << 20
 LONGEST_PAUSE = 0.05
 """Seconds: a step that the host takes longer to queue keeps the device busy meanwhile."""
@@ -55,13 +57,15 @@ class Latency:
     Attributes:
         samples: the samples.
         stop: why there are no more.
-        yardstick: CPU: the time of the yardstick between them, in ms.
+        yardstick: CPU: the time of the cores' yardstick between them, in ms.
+        memory_yardstick: CPU: that of memory's, where a step is long enough to need memory.
         system_share: CPU: the share of their processor time that was spent in the kernel.
     """
 
     samples: list[float]
     stop: str
     yardstick: float | None = None
+    memory_yardstick: float | None = None
     system_share: float | None = None
 
     def quantile(self, q: float) -> float:
@@ -85,12 +89,13 @@ class Latency:
             "latency_p75_ms": self.quantile(0.75), "latency_p95_ms": self.quantile(0.95),
             "latency_low_ms": low, "latency_high_ms": high,
             "latency_samples": len(self.samples), "latency_stop": self.stop,
-            "yardstick_ms": self.yardstick, "system_share": self.system_share,
+            "yardstick_ms": self.yardstick, "yardstick_memory_ms": self.memory_yardstick,
+            "system_share": self.system_share,
         }  # fmt: skip
 
 
 def measure(step: Callable[[], object], device: str, patience: Patience = STANDARD) -> Latency:
-    """Wall time of ``step``, the device synchronised before and after each sample; on a CPU beside a yardstick."""
+    """Wall time of ``step``, the device synchronised before and after each sample; on a CPU beside yardsticks."""
     wait = torch.cuda.synchronize if device == "cuda" else _nothing
 
     def run(times: int) -> float:
@@ -111,19 +116,21 @@ def measure(step: Callable[[], object], device: str, patience: Patience = STANDA
     kept = [first] if repeats == 1 else []
     if device == "cuda":
         return _collect(lambda: run(repeats), patience, kept)
-    yardstick, spent = Yardstick(), _ProcessorTime()
+    cores, memory = steady.cores(), steady.memory() if first >= SAMPLE_MS else None
+    spent = _ProcessorTime()
 
     def sample() -> float:
-        if yardstick.due():
+        due = [yardstick for yardstick in (cores, memory) if yardstick and yardstick.due()]
+        for yardstick in due:
             yardstick.round()
-            if first < EVERY * 1e3:
-                # A short step would feel that the caches hold something else.
-                run(1)
+        if due and first < LONG_MS:
+            # A short step would feel that the caches hold something else.
+            run(1)
         with spent:
             return run(repeats)
 
-    found = _collect(sample, patience, kept)
-    return replace(found, yardstick=yardstick.median(), system_share=spent.system_share)
+    found = replace(_collect(sample, patience, kept), yardstick=cores.median(), system_share=spent.system_share)
+    return replace(found, memory_yardstick=memory.median()) if memory else found
 
 
 def measure_device(step: Callable[[], object], patience: Patience = STANDARD) -> Latency:

@@ -1,12 +1,13 @@
 """What several processes that measured the same case say together.
 
 Processes differ by the moment, since others share the machine, and by where their memory lies (``steady``). What the
-moment does, the yardstick beside them tells in part; the rest is averaged, without the outermost.
+moment does, the yardsticks beside them tell in part; the rest is averaged, without the outermost.
 """
 
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 
 from profiling.rows import COLUMNS, KEY
@@ -15,8 +16,14 @@ AGREEMENT = 0.04
 """How wide the interval of the processes may be, as a share of its middle, before more of them are asked."""
 MOST = 9
 """Processes that are asked at most."""
+YARDSTICKS = ["yardstick_ms", "yardstick_memory_ms"]
 FOLLOWS = 0.75
-"""The power by which times follow the yardstick, found over 16 cells that compute or wait for memory."""
+"""The power by which the time of a step that a cache holds follows the cores' yardstick."""
+CACHED_BYTES = 12 << 20
+"""A step that needs more memory than this waits for it: ..."""
+FOLLOWS_BOTH = 0.5, 0.3
+"""... its time follows the yardsticks of cores and memory by these powers. All were found by regression, over a quarter
+of an hour and 16 cells."""
 TIMES = [column for column in COLUMNS if column.startswith("latency_") and column.endswith("_ms")]
 
 
@@ -36,13 +43,22 @@ def settled(medians: Sequence[float]) -> bool:
     return high - low <= AGREEMENT * middle or len(medians) >= MOST
 
 
-def at_speed(rows: pd.DataFrame, reference: float) -> pd.DataFrame:
-    """The rows with the times that they would have, had the yardstick beside them taken ``reference`` ms.
+def speed(rows: pd.DataFrame) -> pd.Series:
+    """How fast the machine was: the median of each yardstick in ms; NaN where none was taken."""
+    return rows[YARDSTICKS].median()
+
+
+def at_speed(rows: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
+    """The rows with the times that they would have, had the yardsticks beside them said ``reference``.
 
     The kernel's share of a time is left alone: no yardstick tells how fast it gives out pages. A row without a
     yardstick, as on CUDA, stays as it is.
     """
-    factor = (reference / rows["yardstick_ms"]) ** (FOLLOWS * (1 - rows["system_share"]))
+    faster = np.log(reference / rows[YARDSTICKS])
+    cores, memory = (faster[column] for column in YARDSTICKS)
+    waits = (rows["memory_predicted_bytes"] > CACHED_BYTES).fillna(False).astype(bool) & memory.notna()
+    exponent = (FOLLOWS * cores).where(~waits, FOLLOWS_BOTH[0] * cores + FOLLOWS_BOTH[1] * memory)
+    factor = np.exp(exponent * (1 - rows["system_share"]))
     times = rows[TIMES].mul(factor.fillna(1.0), axis=0)
     return rows.assign(**{column: times[column] for column in TIMES})
 

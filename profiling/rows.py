@@ -135,7 +135,10 @@ class Row(pa.DataFrameModel):
         "Why sampling stopped: converged, time_limit or max_samples.", isin=("converged", "time_limit", "max_samples")
     )
     yardstick_ms: Series[float] = _number(
-        "CPU: time of a fixed matrix product, taken between the samples: how fast the machine was just then."
+        "CPU: time of a fixed matrix product, taken between the samples: how fast the cores were just then."
+    )
+    yardstick_memory_ms: Series[float] = _number(
+        "CPU: time to read 64 MiB and write as much, between the samples of steps of over 1 ms: how fast memory was."
     )
     system_share: Series[float] = _number(
         "CPU: share of the steps' processor time spent in the kernel, mostly on pages given anew."

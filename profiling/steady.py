@@ -6,17 +6,16 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 
-EVERY = 0.03
-"""Seconds of sampling between two rounds of the yardstick."""
 SHARE = 0.1
-"""How long a round takes, of the time since the last one."""
-PASSES = 4
-"""Passes of a round at least; the first is warm-up."""
+"""How long a round of a yardstick takes, of the time since the last one."""
 PRODUCT = 384
-"""Rows of the yardstick's matrices, which a core's own cache holds: a copy from further away says nothing."""
+"""Rows of the matrices of the cores' yardstick, which a core's own cache holds."""
+STREAM_BYTES = 64 << 20
+"""What memory's yardstick reads, and as much it writes: no cache that others share holds it."""
 _held: list[object] = []
 
 
@@ -66,37 +65,55 @@ def _take_what_is_free() -> None:
 
 
 class Yardstick:
-    """A matrix product that never changes, run between the samples of a step.
+    """Some work that never changes, done between the samples of a step.
 
-    How long it takes says how fast the cores were just then. On a shared machine that explains most of what differs
-    between processes where a step computes: a standard deviation of 3 % becomes 1.2 %. Steps that wait for memory it
-    explains in part; what the kernel does for a step, such as giving it pages, not at all.
+    How long it takes says how fast the machine was just then. On a shared machine that explains most of what differs
+    between processes, and between runs; what the kernel does for a step, such as giving it pages, not at all.
+
+    Args:
+        work: what is done.
+        every: seconds of sampling between two rounds.
+        passes: passes of a round at least.
+        warm_up: how many of them, the first ones, do not count.
     """
 
-    def __init__(self) -> None:
-        self._a, self._b = torch.ones(PRODUCT, PRODUCT), torch.ones(PRODUCT, PRODUCT)
-        self._product = torch.empty(PRODUCT, PRODUCT)
+    def __init__(self, work: Callable[[], object], every: float, passes: int, warm_up: int) -> None:
+        self._work, self._every, self._passes, self._warm_up = work, every, passes, warm_up
         self._milliseconds: list[float] = []
         self._last = -float("inf")
 
     def due(self) -> bool:
         """Whether it is time for another round."""
-        return time.perf_counter() - self._last >= EVERY
+        return time.perf_counter() - self._last >= self._every
 
     @torch.no_grad()
     def round(self) -> None:
-        """Some passes, all but the first of which count."""
+        """Some passes."""
         start = time.perf_counter()
         end = start + SHARE * (start - self._last) if self._milliseconds else start
         passes = 0
-        while passes < PASSES or time.perf_counter() < end:
+        while passes < self._passes or time.perf_counter() < end:
             begin = time.perf_counter()
-            torch.mm(self._a, self._b, out=self._product)
-            if passes:
+            self._work()
+            if passes >= self._warm_up:
                 self._milliseconds.append(1e3 * (time.perf_counter() - begin))
             passes += 1
         self._last = time.perf_counter()
 
     def median(self) -> float:
-        """The time of a product in ms, the median of all passes."""
+        """The time of the work in ms, the median of all passes."""
         return statistics.median(self._milliseconds)
+
+
+def cores() -> Yardstick:
+    """A matrix product, which tells how fast the cores compute."""
+    a, b = torch.ones(PRODUCT, PRODUCT), torch.ones(PRODUCT, PRODUCT)
+    product = torch.empty(PRODUCT, PRODUCT)
+    return Yardstick(lambda: torch.mm(a, b, out=product), every=0.03, passes=4, warm_up=1)
+
+
+def memory() -> Yardstick:
+    """Large tensors read and written, which tells how fast memory is, and how much of a shared cache others leave."""
+    before = torch.ones(STREAM_BYTES // 4)
+    after = torch.empty_like(before).fill_(0.0)
+    return Yardstick(lambda: torch.add(before, 1.0, out=after), every=0.2, passes=1, warm_up=0)

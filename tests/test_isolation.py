@@ -267,6 +267,20 @@ def alive(pid: int) -> bool:
         return False
 
 
+def test_a_server_that_cannot_import_what_cells_need_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "fvcore").mkdir()
+    (tmp_path / "fvcore" / "__init__.py").write_text("raise ImportError('fvcore is broken here')")
+    try:
+        with monkeypatch.context() as patch:
+            # Where the server looks, and where its children do.
+            patch.setattr(isolation, "ROOT", os.pathsep.join([str(tmp_path), isolation.ROOT]))
+            patch.syspath_prepend(str(tmp_path))
+            with pytest.raises(isolation.StartError, match="cannot start processes: ImportError: fvcore is broken"):
+                isolation.restart()
+    finally:
+        isolation.restart()
+
+
 def test_what_kills_the_child_of_several_costs_the_others_nothing() -> None:
     jobs = ["import signal; signal.raise_signal(signal.SIGSEGV)", "1", "raise KeyError('k')"]
     assert [outcome.status for outcome in isolation.call_each(exec, jobs, timeout=20)] == ["crash", "ok", "error"]

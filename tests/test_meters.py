@@ -318,20 +318,28 @@ def test_a_time_on_a_cpu_comes_with_a_yardstick_and_the_kernels_share() -> None:
     asks, multiplies = (latency.measure(step, "cpu", latency.QUICK).columns() for step in steps)
     for columns in (asks, multiplies):
         assert 1e-3 < columns["yardstick_ms"] < 1e3 and 0 <= columns["system_share"] <= 1
+        assert columns["yardstick_memory_ms"] is None or 0.1 < columns["yardstick_memory_ms"] < 1e4
     assert asks["system_share"] > multiplies["system_share"] + 0.1
 
 
-def test_a_round_of_the_yardstick_takes_a_tenth_of_the_time() -> None:
-    yardstick = steady.Yardstick()
+@pytest.mark.parametrize(("made", "passes"), [(steady.cores, 3), (steady.memory, 1)])
+def test_a_round_of_a_yardstick_takes_a_tenth_of_the_time(made: Callable[[], steady.Yardstick], passes: int) -> None:
+    yardstick = made()
     assert yardstick.due()
     yardstick.round()
-    assert len(yardstick._milliseconds) == steady.PASSES - 1 and not yardstick.due()
-    yardstick._last -= 1.0
+    assert len(yardstick._milliseconds) == passes and not yardstick.due()
+    yardstick._last -= 2.0
     assert yardstick.due()
     yardstick.round()
-    counted = yardstick._milliseconds[steady.PASSES - 1 :]
-    assert len(counted) >= steady.PASSES
-    assert 1e-3 * sum(counted) < 0.2
+    counted = yardstick._milliseconds[passes:]
+    assert len(counted) > passes
+    assert 1e-3 * sum(counted[:-1]) < 0.2
+
+
+def test_memory_is_asked_only_beside_steps_that_are_long_enough_to_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for ms, asked in ((0.5, False), (2.0, True)):
+        columns = latency.measure(Clock(monkeypatch, *[ms] * 5000).step, "cpu", Patience(seconds=1e9)).columns()
+        assert (columns["yardstick_memory_ms"] is not None) is asked
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 101])

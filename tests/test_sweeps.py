@@ -18,7 +18,7 @@ from ablations.summary import findings
 from ablations.sweep import Sweep, attentions, discover, select
 from attention_zoo import InvalidOption, load_plugin, names, options
 from profiling.latency import QUICK
-from profiling.replicates import at_speed
+from profiling.replicates import at_speed, speed
 from profiling.rows import KEY, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,7 +150,7 @@ def test_more_processes_follow_until_they_agree(tmp_path: Path, monkeypatch: pyt
     assert len(list(launcher.run({"tiny": sweep}))) == 2 * 5
     assert [len(medians) for medians in asked] == [3, 3, 4, 4, 5, 5]
     rows = load(launcher.folder / "tiny.csv")
-    rows = at_speed(rows, rows["yardstick_ms"].median())
+    rows = at_speed(rows, speed(rows))
     for _, cell in rows.groupby("height"):
         assert sorted(cell["replicate"]) == [0, 1, 2, 3, 4] and cell["latency_p50_ms"].notna().all()
         last = asked[-2] if cell["height"].iloc[0] == 4 else asked[-1]
