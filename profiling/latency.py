@@ -117,6 +117,9 @@ def measure(step: Callable[[], object], device: str, patience: Patience = STANDA
     if device == "cuda":
         return _collect(lambda: run(repeats), patience, kept)
     cores, memory = steady.cores(), steady.memory() if first >= SAMPLE_MS else None
+    if memory:
+        # Its tensors may lie where steps had been: these get other pages, and not within a sample.
+        run(1)
     spent = _ProcessorTime()
 
     def sample() -> float:

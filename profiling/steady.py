@@ -115,5 +115,5 @@ def cores() -> Yardstick:
 def memory() -> Yardstick:
     """Large tensors read and written, which tells how fast memory is, and how much of a shared cache others leave."""
     before = torch.ones(STREAM_BYTES // 4)
-    after = torch.empty_like(before).fill_(0.0)
+    after = torch.zeros_like(before)
     return Yardstick(lambda: torch.add(before, 1.0, out=after), every=0.2, passes=1, warm_up=0)

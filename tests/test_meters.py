@@ -336,6 +336,13 @@ def test_a_round_of_a_yardstick_takes_a_tenth_of_the_time(made: Callable[[], ste
     assert 1e-3 * sum(counted[:-1]) < 0.2
 
 
+def test_the_step_after_the_yardsticks_took_their_memory_is_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two steps to warm up, the first sample, and the step that has to find memory again.
+    clock = Clock(monkeypatch, 40.0, 40.0, 40.0, 500.0, *[40.0] * 5000)
+    found = latency.measure(clock.step, "cpu", Patience(warm_up=0.0, seconds=1e9))
+    assert max(found.samples) == pytest.approx(40.0)
+
+
 def test_memory_is_asked_only_beside_steps_that_are_long_enough_to_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for ms, asked in ((0.5, False), (2.0, True)):
         columns = latency.measure(Clock(monkeypatch, *[ms] * 5000).step, "cpu", Patience(seconds=1e9)).columns()
