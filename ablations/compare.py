@@ -72,7 +72,9 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     shared = set(a["sweep"]) & set(b["sweep"])
     speeds = _speed(*(rows[rows["sweep"].isin(shared)] for rows in (a, b)))
     if speeds:
-        a, b = (at_speed(rows, speeds[0]) for rows in (a, b))
+        # By what both runs took: an older one has no yardstick of memory.
+        reference = speeds[0].where(speeds[1].notna())
+        a, b = (at_speed(rows, reference) for rows in (a, b))
     one, two = _by_case(a), _by_case(b)
     both = [case for case in one.index if case in two.index]
     cells = pd.DataFrame(

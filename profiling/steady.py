@@ -15,7 +15,7 @@ SHARE = 0.1
 PRODUCT = 384
 """Rows of the matrices of the cores' yardstick, which a core's own cache holds."""
 STREAM_BYTES = 64 << 20
-"""What memory's yardstick reads, and as much it writes: no cache that others share holds it."""
+"""What memory's yardstick reads, and as much it writes: more than others leave of a shared cache."""
 _held: list[object] = []
 
 

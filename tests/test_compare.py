@@ -87,6 +87,11 @@ def test_runs_on_one_device_are_compared_at_the_same_speed() -> None:
     assert found.environment["yardstick_ms"] == ("0.2", "0.22, allowed for")
     beside = [[one | {"yardstick_memory_ms": ms} for one in rows] for rows, ms in ((a, 5.0), (b, 6.0))]
     assert compared(*beside).environment["yardstick_memory_ms"] == ("5", "6, allowed for")
+    # A yardstick that only one of them took is left out of both.
+    slow = [one | {"memory_predicted_bytes": 1 << 30, "yardstick_memory_ms": 5.0 + n} for n, one in enumerate(a)]
+    older = compared(slow, b)
+    assert list(older.cells["ratio"]) == pytest.approx(list(found.cells["ratio"]))
+    assert "yardstick_memory_ms" not in older.environment
     # What only one run has says nothing of how they differ.
     alone = [row(h, 10.0, sweep="t", yardstick_ms=0.5, system_share=0.0) for h in (7, 14, 28, 56)]
     assert list(compared(a, [*b, *alone]).cells["ratio"]) == pytest.approx(list(found.cells["ratio"]))
