@@ -5,7 +5,6 @@ Shape legend: g any leading axes, m heads, q queries, k keys, d channels of a he
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,9 +38,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float | int, bias: Tensor | N
 
 def split_heads(x: Float[Tensor, "*g n d"], heads: int) -> Float[Tensor, "*g m n e"]:
     """Channels to (heads, channels of a head), heads before tokens."""
-    return rearrange(x, "... n (m e) -> ... m n e", m=heads)
+    # Not by einops, whose 8 us a call are felt where a whole step takes 2 ms.
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(-3, -2)
 
 
 def merge_heads(x: Float[Tensor, "*g m n e"]) -> Float[Tensor, "*g n d"]:
     """Undo :func:`split_heads`."""
-    return rearrange(x, "... m n e -> ... n (m e)")
+    return x.transpose(-3, -2).flatten(-2)

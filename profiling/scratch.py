@@ -2,7 +2,8 @@
 
 What oneDNN's convolutions and PyTorch's fused attention allocate depends on the processor, the thread count
 and thresholds inside them. So it is read off the kernel itself: the same operator runs once on a shrunken
-input, whose scratch is that of the full one (attention) or grows linearly with the pixels (convolution).
+input, whose scratch is that of the full one (attention) or grows linearly with the pixels (convolution) or rows
+(the softmax of unfused attention).
 """
 
 from collections.abc import Callable
@@ -18,6 +19,8 @@ Shrunk = tuple[int, tuple[Any, ...], dict[str, Any]]
 """Size that the scratch is linear in, arguments, keyword arguments."""
 SIDE = 56
 """A convolution of more pixels per side is probed at this size and half of it."""
+ROWS = 32
+"""A softmax is probed at this many rows and half of them."""
 LENGTH = 1024
 """A longer sequence is probed at this length: beyond it, the CPU kernel works in blocks of constant size."""
 
@@ -66,6 +69,8 @@ def bound(call: Call) -> int:
         sizes = [torch.Size(a.shape).numel() * a.dtype.itemsize for a in call.args if isinstance(a, Spec)]
         weight = sizes[-1] if call.func is _aten.convolution_backward.default else sizes[1]
         return 4 * sum(sizes) + 300 * weight
+    if call.func is _aten._safe_softmax.default:
+        return 2 * torch.Size(call.args[0].shape).numel() * call.args[0].dtype.itemsize
     return torch.get_num_threads() * (16 << 20) + _copied(call)
 
 
@@ -76,7 +81,7 @@ def scratch(call: Call) -> int:
     if len(points) == 1:
         return points[0][1] + _copied(call)
     (n1, s1), (n2, s2) = points
-    return round(s2 + (s2 - s1) / (n2 - n1) * (_pixels(call) - n2))
+    return round(s2 + (s2 - s1) / (n2 - n1) * (_size(call) - n2))
 
 
 def _copied(call: Call) -> int:
@@ -125,8 +130,11 @@ def _freeze(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _pixels(call: Call) -> int:
+def _size(call: Call) -> int:
+    """Pixels of a convolution, rows of a softmax."""
     x = _input(call)
+    if call.func is _aten._safe_softmax.default:
+        return torch.Size(x.shape[:-1]).numel()
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
@@ -156,6 +164,12 @@ def _convolution(call: Call, side: int) -> Shrunk:
     return pixels, (*tensors, *map(_thaw, (bias, stride, padding, dilation, *rest))), {}
 
 
+def _few_rows(call: Call) -> list[Shrunk]:
+    x, *rest = call.args
+    ones = (1,) * (len(x.shape) - 2)
+    return [(rows, (x.make((*ones, rows, x.shape[-1])), *rest), dict(call.kwargs)) for rows in (ROWS // 2, ROWS)]
+
+
 def _small_attention(call: Call) -> list[Shrunk]:
     def shrink(value: Any) -> Any:
         if not isinstance(value, Spec):
@@ -180,4 +194,5 @@ _SHRINK: dict[Any, Callable[[Call], list[Shrunk]]] = {
     _aten.convolution_backward.default: _small_convolutions,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _small_attention,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _small_attention,
+    _aten._safe_softmax.default: _few_rows,
 }

@@ -44,11 +44,15 @@ class NHWC(nn.Module):
 
 
 class Fused(nn.Module):
-    """PyTorch's fused attention; queries, keys and values are thirds of the last axis."""
+    """PyTorch's fused attention; queries, keys and values are thirds of the last axis. A learned bias unfuses it."""
+
+    def __init__(self, *bias: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(bias)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = x.chunk(3, dim=-1)
-        return F.scaled_dot_product_attention(q, k, v)
+        return F.scaled_dot_product_attention(q, k, v, self.bias)
 
 
 class Gather(nn.Module):
@@ -91,6 +95,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "depthwise, channels last": (lambda: NHWC(nn.Conv2d(32, 32, 5, padding=2, groups=32)), (1, 24, 24, 32)),
     "mlp": (lambda: mlp(32), (2, 100, 32)),
     "fused attention": (Fused, (2, 2, 150, 48)),
+    "attention with a learned bias": (lambda: Fused(2, 150, 150), (2, 2, 150, 48)),
     "gather": (lambda: Gather(16), (2, 60, 16)),
     "tied weights": (lambda: Tied(40), (1, 9, 40)),
     "softmax": (lambda: nn.Sequential(nn.Linear(24, 24), nn.Softmax(-1)), (3, 7, 24)),
