@@ -73,8 +73,8 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     speeds = _speed(*(rows[rows["sweep"].isin(shared)] for rows in (a, b)))
     if speeds:
         # By what both runs took: an older one has no yardstick of memory.
-        reference = speeds[0].where(speeds[1].notna())
-        a, b = (at_speed(rows, reference) for rows in (a, b))
+        taken = speeds[0].notna() & speeds[1].notna()
+        a, b = (at_speed(rows, run.where(taken), speeds[0]) for rows, run in zip((a, b), speeds, strict=True))
     one, two = _by_case(a), _by_case(b)
     both = [case for case in one.index if case in two.index]
     cells = pd.DataFrame(

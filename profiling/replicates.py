@@ -24,6 +24,10 @@ CACHED_BYTES = 12 << 20
 FOLLOWS_BOTH = 0.5, 0.3
 """... its time follows the yardsticks of cores and memory by these powers, which are typical: regressions over a
 quarter of an hour and 16 cells found 0.4 to 0.7 and, for those that wait, 0.1 to 0.9."""
+BETWEEN_RUNS = 0.5, 1.0
+"""The same from one run to another. The median of a run is known well; what memory's yardstick says beside a single
+cell is half noise, which weakens any regression on it. Of six pairs of runs, up to four hours apart, all agree better
+with 1 than with 0.3."""
 TIMES = [column for column in COLUMNS if column.startswith("latency_") and column.endswith("_ms")]
 
 
@@ -48,17 +52,26 @@ def speed(rows: pd.DataFrame) -> pd.Series:
     return rows[YARDSTICKS].median()
 
 
-def at_speed(rows: pd.DataFrame, reference: pd.Series) -> pd.DataFrame:
-    """The rows with the times that they would have, had the yardsticks beside them said ``reference``.
+def at_speed(rows: pd.DataFrame, run: pd.Series, other: pd.Series | None = None) -> pd.DataFrame:
+    """The rows with the times that they would have, had the yardsticks beside them always said the same.
 
     The kernel's share of a time is left alone: no yardstick tells how fast it gives out pages. A row without a
     yardstick, as on CUDA, stays as it is.
+
+    Args:
+        rows: rows of one run.
+        run: the speed of that run.
+        other: another's, at which the times shall be; by default at its own. A yardstick that one of the two did not
+            take is left out.
     """
-    faster = np.log(reference / rows[YARDSTICKS])
-    cores, memory = (faster[column] for column in YARDSTICKS)
-    waits = (rows["memory_predicted_bytes"] > CACHED_BYTES).fillna(False).astype(bool) & memory.notna()
-    exponent = (FOLLOWS * cores).where(~waits, FOLLOWS_BOTH[0] * cores + FOLLOWS_BOTH[1] * memory)
-    factor = np.exp(exponent * (1 - rows["system_share"]))
+    beside = np.log(run / rows[YARDSTICKS])
+    between = np.log((run if other is None else other) / run)
+    waits = (rows["memory_predicted_bytes"] > CACHED_BYTES).fillna(False).astype(bool)
+    waits &= beside["yardstick_memory_ms"].notna() & pd.notna(between["yardstick_memory_ms"])
+    by_cores = FOLLOWS * (beside["yardstick_ms"] + between["yardstick_ms"])
+    powers = zip(YARDSTICKS, FOLLOWS_BOTH, BETWEEN_RUNS, strict=True)
+    by_both = sum(near * beside[name] + far * between[name] for name, near, far in powers)
+    factor = np.exp(by_cores.where(~waits, by_both) * (1 - rows["system_share"]))
     times = rows[TIMES].mul(factor.fillna(1.0), axis=0)
     return rows.assign(**{column: times[column] for column in TIMES})
 

@@ -5,6 +5,7 @@ import pytest
 
 from profiling.case import Case
 from profiling.replicates import (
+    BETWEEN_RUNS,
     CACHED_BYTES,
     FOLLOWS,
     FOLLOWS_BOTH,
@@ -57,7 +58,7 @@ def test_a_case_is_settled_when_three_agree_or_enough_were_asked(medians: list[f
 def test_at_the_same_speed_only_what_the_kernel_did_stays() -> None:
     shares = (0.0, 1.0, 0.5)
     rows = validate([row(n, 11.0, yardstick_ms=1.21, system_share=share) for n, share in enumerate(shares)])
-    found = at_speed(rows, at(1.0))
+    found = at_speed(rows, at(1.0), at(1.0))
     assert list(found["latency_p50_ms"]) == pytest.approx([11.0 / 1.21**0.75, 11.0, 11.0 / 1.1**0.75])
     assert list(found["latency_p95_ms"]) == list(found["latency_p50_ms"])
     assert list(rows["latency_p50_ms"]) == [11.0] * 3
@@ -83,10 +84,15 @@ def test_a_time_follows_memory_too_where_no_cache_holds_what_it_needs() -> None:
     )
     by_cores = 10.0 / 4.0**FOLLOWS
     by_both = 10.0 / (4.0 ** FOLLOWS_BOTH[0] * 2.0 ** FOLLOWS_BOTH[1])
+    further = 10.0 / (4.0 ** BETWEEN_RUNS[0] * 2.0 ** BETWEEN_RUNS[1])
     assert list(at_speed(rows, at(1.0, 16.0))["latency_p50_ms"]) == pytest.approx(
         [by_cores, by_both, by_cores, by_cores]
     )
+    assert list(at_speed(rows, speed(rows), at(1.0, 16.0))["latency_p50_ms"]) == pytest.approx(
+        [by_cores, further, by_cores, by_cores]
+    )
     assert list(at_speed(rows, at(1.0))["latency_p50_ms"]) == pytest.approx([by_cores] * 4)
+    assert list(at_speed(rows, speed(rows), at(1.0))["latency_p50_ms"]) == pytest.approx([by_cores] * 4)
     assert list(speed(rows)) == [4.0, 32.0]
 
 
