@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -171,16 +173,26 @@ def test_every_case_is_run_once_before_any_is_run_again(tmp_path: Path) -> None:
     assert sorted(name for name, _ in ran[:4]) == ["a", "a", "b", "b"]
 
 
-def test_a_run_whose_time_is_up_begins_nothing_and_goes_on_later(tmp_path: Path) -> None:
+def test_a_run_whose_time_is_up_begins_nothing_and_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = Sweep(
         "q?", "e", axes={"seed": tuple(range(40))}, fixed={"name": "full", "dim": 8, "grid": 4}, patience=QUICK
     )
-    for minutes in (1e-9, 0.02, math.inf):
+    now, measured = [0.0], launch.run
+
+    def a_minute_each(*arguments: Any) -> dict[str, Any]:
+        now[0] += 60
+        return measured(*arguments)
+
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(launch, "run", a_minute_each)
+    for minutes, expected in ((0, 0), (5, 5), (math.inf, 35)):
         launcher = Launcher(Settings(results=tmp_path, minutes=minutes))
         begun = len(list(launcher.run({"tiny": sweep})))
         done = sum(launcher.report.statuses.values())
         assert done + launcher.report.skipped + launcher.report.left == 40
-        assert done == 0 if minutes < 1e-3 else 0 < done <= begun
+        assert done == expected <= begun
     assert launcher.report.left == 0 and len(load(launcher.folder / "tiny.csv")) == 40
 
 
