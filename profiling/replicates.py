@@ -26,8 +26,8 @@ FOLLOWS_BOTH = 0.5, 0.3
 quarter of an hour and 16 cells found 0.4 to 0.7 and, for those that wait, 0.1 to 0.9."""
 BETWEEN_RUNS = 0.5, 1.0
 """The same from one run to another. The median of a run is known well; what memory's yardstick says beside a single
-cell is half noise, which weakens any regression on it. Of six pairs of runs, up to two hours apart, all agree better
-with 1 than with 0.3."""
+cell is noisy, which weakens a regression on it. All six pairs of four runs, up to two hours apart, agree better with 1
+than with 0.3."""
 TIMES = [column for column in COLUMNS if column.startswith("latency_") and column.endswith("_ms")]
 
 
