@@ -26,7 +26,7 @@ from attention_zoo.stages import stage
 if TYPE_CHECKING:
     from attention_zoo.bra import BiLevelRoutingAttention
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Gathered keys and values in hand at a time: small enough for a cache, large enough to keep all cores busy."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -40,11 +40,15 @@ def forward(
     batch, height, width, dim = x.shape
     tall, wide, e = height // side, width // side, bra.qk_dim
     with stage("bra.project"):
-        parts = zip(*(t.split([e, e, dim]) for t in (bra.qkv.qkv.weight, bra.qkv.qkv.bias)), strict=True)
         # Three products instead of one, so that each result lies by itself in memory: queries region by region, keys
         # and values as the grid does, which LePE reads, too.
-        lies = regions.to_regions(x, side, side).flatten(2, 3), x, x
-        q, k, v = (_project(t, *part) for t, part in zip(lies, parts, strict=True))
+        to_q, to_k, to_v = bra.qkv.qkv.weight.split([e, e, dim])
+        q_bias, k_bias, v_bias = bra.qkv.qkv.bias.split([e, e, dim])
+        q = _project(regions.to_regions(x, side, side).flatten(2, 3), to_q, q_bias)
+        # A bias of the keys adds the same to all scores of a query, of regions and of tokens: no softmax sees it,
+        # unless keys are multiplied or go through a learned map first.
+        seen = bra.soft_routing or bra.diff_routing or bra.kv_down.mode != "identity"
+        k, v = _project(x, to_k, k_bias if seen else None), _project(x, to_v, v_bias)
         few_k, few_v, pieces = _pieces(bra, k, v, side)
     with stage("bra.route"):
         # One axis at a time, of neighbours in memory: a third of the time that it takes over two.
@@ -52,8 +56,8 @@ def forward(
         index, strength = bra.router(q.mean(dim=2), k_mean)
     with stage("bra.attend"):
         factor = _factor(bra, strength)
-        before = len(few_k) // batch * torch.arange(batch, device=x.device)
-        routed = (pieces[index] + before[:, None, None, None]).view(batch * side**2, -1)
+        images = torch.arange(0, batch * side**2, side**2, device=x.device)
+        routed = pieces[(index + images[:, None, None]).flatten(0, 1)].flatten(1)
         if factor is not None:
             factor = factor.flatten(0, 1).repeat_interleave(pieces.shape[1], dim=1)
         arguments = q.flatten(0, 1), few_k, few_v, routed, factor, bra.num_heads, bra.scale
@@ -63,16 +67,17 @@ def forward(
     if bra.lepe is not None:
         with stage("bra.lepe"):
             local = bra.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            # The grid's own layout first: it is the sum's, too.
-            out = local.reshape(out.shape) + out
+            # The grid's own layout first: it is the sum's, too. Autograd would copy what is written in place.
+            local = local.reshape(out.shape)
+            out = local + out if torch.is_grad_enabled() else local.add_(out)
     with stage("bra.output"):
         return out.reshape(x.shape), index, strength
 
 
 def _project(
-    tokens: Float[Tensor, "*g c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"]
+    tokens: Float[Tensor, "*g c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"] | None
 ) -> Float[Tensor, "*g d"]:
-    if device_type(tokens) != "cpu":
+    if bias is None or device_type(tokens) != "cpu":
         return F.linear(tokens, weight, bias)
     # On a CPU PyTorch would write the bias everywhere first, for the product to be added to.
     return F.linear(tokens, weight).add_(bias)
@@ -85,13 +90,13 @@ def _pieces(
 
     A piece is a row of a region, as it lies in the grid, or all that downsampling leaves of a region.
     """
-    height, width = k.shape[1:3]
+    batch, height, width = k.shape[:3]
     if bra.kv_down.mode != "identity":
         both = rearrange(torch.cat([k, v], dim=-1), "b (r y) (c x) d -> (b r c) d y x", r=side, c=side)
         few = rearrange(bra.kv_down(both), "g d y x -> g (y x) d")
-        pieces = torch.arange(side**2, device=k.device)[:, None]
+        pieces = torch.arange(len(few), device=k.device)[:, None]
         return few[..., : bra.qk_dim].contiguous(), few[..., bra.qk_dim :].contiguous(), pieces
-    pieces = torch.arange(height * side, device=k.device).view(side, -1, side).transpose(1, 2).flatten(0, 1)
+    pieces = torch.arange(batch * height * side, device=k.device).view(batch * side, -1, side).mT.flatten(0, 1)
     few_k, few_v = (t.reshape(-1, width // side, t.shape[3]) for t in (k, v))
     return few_k, few_v, pieces
 
@@ -162,7 +167,8 @@ class _RoutedAttention(torch.autograd.Function):
 
 def _chunks(k: Float[Tensor, "g s e"], v: Float[Tensor, "g s c"], index: Int[Tensor, "r i"]) -> Iterator[slice]:
     per_region = index.shape[1] * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
-    step = max(1, CHUNK_BYTES.get(device_type(k), 1 << 62) // per_region)
+    most = max(1, CHUNK_BYTES.get(device_type(k), 1 << 62) // per_region)
+    step = -(-len(index) // -(-len(index) // most))
     starts: Iterable[int] = range(0, len(index), step)
     if only_memory_is_followed():
         starts = sorted({0, step, (len(index) - 1) // step * step} & set(starts))
