@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Gathered keys and values in hand at a time: small enough for a cache, large enough to keep all cores busy."""
 
+CONVOLVED_FROM = 500_000
+"""Numbers in an input from which on a CPU's convolution of 1 x 1 is faster than its product and sum."""
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -51,8 +54,7 @@ def forward(
         k, v = _project(x, to_k, k_bias if seen else None), _project(x, to_v, v_bias)
         few_k, few_v, pieces = _pieces(bra, k, v, side)
     with stage("bra.route"):
-        # One axis at a time, of neighbours in memory: a third of the time that it takes over two.
-        k_mean = k.reshape(-1, wide, e).mean(dim=1).view(-1, tall, side * e).mean(dim=1).view(batch, -1, e)
+        k_mean = F.avg_pool2d(k.permute(0, 3, 1, 2), (tall, wide)).permute(0, 2, 3, 1).flatten(1, 2)
         index, strength = bra.router(q.mean(dim=2), k_mean)
     with stage("bra.attend"):
         factor = _factor(bra, strength)
@@ -77,8 +79,13 @@ def forward(
 def _project(
     tokens: Float[Tensor, "*g c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"] | None
 ) -> Float[Tensor, "*g d"]:
-    if bias is None or device_type(tokens) != "cpu":
+    if device_type(tokens) != "cpu":
         return F.linear(tokens, weight, bias)
+    if tokens.dtype == torch.float32 and tokens.numel() >= CONVOLVED_FROM and not torch.is_grad_enabled():
+        # oneDNN's, which has the bias done within.
+        return F.conv2d(tokens.permute(0, 3, 1, 2), weight[..., None, None], bias).permute(0, 2, 3, 1)
+    if bias is None:
+        return F.linear(tokens, weight)
     # On a CPU PyTorch would write the bias everywhere first, for the product to be added to.
     return F.linear(tokens, weight).add_(bias)
 
