@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attention_zoo import InvalidOption
-from profiling.replicates import YARDSTICKS, at_speed, interval, speed
+from profiling.replicates import YARDSTICKS, at_speed, interval, settled, speed
 from profiling.rows import KEY, STATUSES, load
 
 TOLERANCE = 0.057
@@ -42,7 +42,8 @@ class Comparison:
 
     Attributes:
         cells: one row per case in both runs: ``case``, ``verdict`` (empty without two times), ``ratio`` of the
-            times B / A, ``a_ms``, ``b_ms``, ``status`` where it changed, ``changes`` of exact columns.
+            times B / A, ``a_ms``, ``b_ms``, ``settled`` where the processes of both runs agree (``replicates``),
+            ``status`` where it changed, ``changes`` of exact columns.
         environment: per differing column, its values in A and in B.
         missing: cases only in A.
         new: cases only in B.
@@ -79,7 +80,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     both = [case for case in one.index if case in two.index]
     cells = pd.DataFrame(
         [_cell(case, one.loc[case], two.loc[case]) for case in both],
-        columns=["case", "verdict", "ratio", "a_ms", "b_ms", "status", "got_worse", "changes"],
+        columns=["case", "verdict", "ratio", "a_ms", "b_ms", "settled", "status", "got_worse", "changes"],
     )
     return Comparison(
         cells,
@@ -170,13 +171,14 @@ def _told(speeds: tuple[pd.Series, pd.Series] | None) -> dict[str, tuple[str, st
 
 
 def _by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per case, over its replicates: interval, worst status, exact columns."""
+    """One row per case, over its replicates: interval, whether it is settled, worst status, exact columns."""
     names = [_named(values) for values in rows[CASE].itertuples(index=False, name=None)]
     rows = rows.assign(case=names, rank=rows["status"].map(WORSE))
     groups = rows.groupby("case", sort=False)
     # As objects: else a row of it, taken out, would turn whole numbers into floats.
     found = groups.agg({"rank": "max"} | {column: "first" for column in EXACT}).astype(object)
     found["interval"] = pd.Series({case: _interval(group) for case, group in groups}, dtype=object)
+    found["settled"] = groups["latency_p50_ms"].agg(lambda medians: settled(list(medians.dropna())))
     return found
 
 
@@ -204,7 +206,8 @@ def _cell(case: str, a: pd.Series, b: pd.Series) -> tuple[object, ...]:
     status = "" if a["rank"] == b["rank"] else f"{STATUSES[int(a['rank'])]} -> {STATUSES[int(b['rank'])]}"
     return (
         case, verdict(left, right) if timed else "", right[1] / left[1] if timed else None,
-        left and left[1], right and right[1], status, bool(b["rank"] > a["rank"]), "; ".join(changes),
+        left and left[1], right and right[1], bool(a["settled"] and b["settled"]),
+        status, bool(b["rank"] > a["rank"]), "; ".join(changes),
     )  # fmt: skip
 
 
@@ -220,10 +223,13 @@ def _noteworthy(found: Comparison) -> pd.DataFrame:
 
 
 def _counts(found: Comparison) -> str:
-    counts = found.cells["verdict"].value_counts()
+    cells = found.cells
+    counts = cells["verdict"].value_counts()
     told = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS)
-    worse = int(found.cells["got_worse"].sum())
-    return f"{len(found.cells)} cells in both: {told}; {worse} with a worse status."
+    line = f"{len(cells)} cells in both: {told}; {int(cells['got_worse'].sum())} with a worse status."
+    if loose := int((~cells["settled"].astype(bool) & (cells["verdict"] != "")).sum()):
+        line += f" {loose} are not settled: fewer than three processes measured them, or these do not agree."
+    return line
 
 
 def _shown(value: object) -> str:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
@@ -15,7 +15,7 @@ from attention_zoo.options import argument_type
 from profiling import environment, isolation, page
 from profiling.arguments import Parser, integer, run_reporting
 from profiling.case import CHOICES, Case, available_impls
-from profiling.cell import Job, breakdown, theory
+from profiling.cell import FreedMemory, Job, breakdown, theory
 from profiling.cell import measure as measure_cell
 from profiling.rows import agree
 
@@ -44,7 +44,8 @@ def _run(arguments: list[str]) -> int:
     if given.trace and not _writable(Path(given.trace)):
         raise InvalidOption(f"--trace {given.trace}: no permission to write there")
     with Console(stderr=True).status("measuring, in processes of its own"):
-        row, parts = _measure(case, tuple(str(Path(p).resolve()) for p in given.plugin), given.trace)
+        plugins = tuple(str(Path(p).resolve()) for p in given.plugin)
+        row, parts = _measure(Job(case, plugins, freed_memory=given.freed_memory), given.trace)
     if given.json:
         print(json.dumps(row | parts, indent=2))
     else:
@@ -56,16 +57,13 @@ def _run(arguments: list[str]) -> int:
     return 0 if row["status"] == "ok" else 1
 
 
-def _measure(
-    case: Case, plugins: tuple[str, ...], trace: str | None
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def _measure(job: Job, trace: str | None) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     isolation.start()
-    job = Job(case, plugins)
     outcome = isolation.call(theory, job)
     if outcome.reason.startswith(INVALID):
         raise InvalidOption(outcome.reason.removeprefix(INVALID))
-    facts = environment.describe(case.device)
-    row: dict[str, Any] = case.who("profiling", facts["device_name"]) | facts
+    facts = environment.describe(job.case.device)
+    row: dict[str, Any] = job.case.who("profiling", facts["device_name"]) | facts
     row |= outcome.value or {}
     row |= {"status": outcome.status, "reason": outcome.reason}
     if outcome.status == "ok":
@@ -122,6 +120,11 @@ def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
     parser.add_argument("--compiled", action="store_true", help="under torch.compile")
     parser.add_argument("--cuda-graph", action="store_true", help="replay the step from a recorded CUDA graph")
     parser.add_argument("--deterministic", action="store_true", help="deterministic kernels only")
+    parser.add_argument(
+        "--freed-memory", choices=get_args(FreedMemory), default="kept",
+        help="CPU: what a step frees is kept for the next one, or large blocks are returned to the system, as the "
+        "C library has it (default: kept)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=integer, default=0, metavar="N")
     parser.add_argument("--trace", metavar="DIR", help="write a trace for TensorBoard and Perfetto")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")

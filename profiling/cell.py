@@ -108,8 +108,7 @@ def measure(job: Job) -> dict[str, Any]:
     columns |= compilation | {"impl": case.implementation(work)}
     if case.device == "cpu":
         columns["freed_memory"] = job.freed_memory
-    # To be watched, FlexAttention would have to run uncompiled, and write out every score of the grid.
-    if columns["impl"] != "reference" and "flex" not in columns["impl"]:
+    if columns["impl"] != "reference":
         with work.settings():
             columns["sdpa_backend"] = sdpa_backend(work.step)
     if case.device == "cuda":

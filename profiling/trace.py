@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from profiling import stages
 from profiling.workload import Workload
@@ -68,24 +67,14 @@ def _profile(work: Workload, device: str, **detail: Any) -> profile:
     return profiler
 
 
-class _Operators(TorchDispatchMode):
-    """Notes the names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def sdpa_backend(step: Callable[[], object]) -> str | None:
     """Which fused kernel scaled_dot_product_attention runs in ``step``; None if it runs none (or is not called)."""
-    with _Operators() as seen:
+    # Not by a dispatch mode: under one, compiled code is not run.
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         step()
-    prefix = "_scaled_dot_product_"
-    kernels = [n.removeprefix(prefix) for n in seen.names if n.startswith(prefix) and not n.endswith("_backward")]
+    prefix = "aten::_scaled_dot_product_"
+    names = {event.name for event in profiler.events()}
+    kernels = [n.removeprefix(prefix) for n in names if n.startswith(prefix) and not n.endswith("_backward")]
     return " ".join(sorted(kernels)) or None
 
 

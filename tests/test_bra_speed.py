@@ -15,7 +15,7 @@ from ablations.bra_speed import SHAPE
 from ablations.sweep import Sweep, discover
 from attention_zoo import InvalidOption, Unsupported, build, flex, get, names
 from attention_zoo.bra.flex import _tiles, block_mask
-from profiling import agreement, isolation, memory
+from profiling import isolation, memory
 from profiling.__main__ import main as profile_one
 from profiling.case import Case, available_impls
 from profiling.cell import Job, measure, theory_of
@@ -371,10 +371,14 @@ def test_tiles_divide_the_blocks(blocks: tuple[int, int], tiles: dict[str, int])
     assert _tiles(*blocks) == tiles
 
 
-def test_compiled_sdpa_passes_the_gate() -> None:
+def test_compiled_sdpa_is_measured() -> None:
     """Its backward pass, which differentiates what it recomputes, compiles too."""
-    case = Case("bra", 8, 8, dim=16, options=(("n_win", 4), ("topk", 2)), impl="sdpa", compiled=True)
+    chosen: Any = {"options": (("n_win", 4), ("topk", 2)), "mode": "forward_backward"}
+    case = Case("bra", 8, 8, dim=16, impl="sdpa", compiled=True, **chosen)
     isolation.start()
     # In a process of its own, where nothing checks shapes: the compiler cannot follow those checks.
-    outcome = isolation.call(agreement.check, case)
-    assert outcome.status == "ok" and outcome.value.ok and outcome.value.error > 0, outcome
+    outcome = isolation.call(measure, Job(case, patience=QUICK))
+    assert outcome.status == "ok", outcome
+    found = outcome.value
+    assert 0 < found["agreement_error"] < found["agreement_tolerance"] and "flash" in found["sdpa_backend"]
+    assert 0 < found["latency_p50_ms"] < found["compile_ms"]

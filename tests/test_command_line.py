@@ -25,6 +25,7 @@ from attention_zoo import MODELS, InvalidOption, names, options
 from profiling import environment, isolation, page
 from profiling.arguments import run_reporting
 from profiling.case import Case
+from profiling.cell import Job
 from profiling.rows import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,6 +303,7 @@ def test_json_holds_the_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(row) <= {*COLUMNS, "stages", "heaviest_operators"}
     assert (row["name"], row["height"], row["n_win"], row["topk"]) == ("bra", 8, 2, 1)
     assert (row["kv_downsample_mode"], row["kv_downsample_ratio"]) == ("avgpool", 2)
+    assert row["freed_memory"] == "kept"
     assert row["status"] == "ok" and row["macs_agree"] and row["macs_counted"] == row["macs_analytic"]
     # 4 x 4 tokens of a region, halved per side, from 1 region.
     assert row["kv_tokens_per_query"] == 4
@@ -314,7 +316,7 @@ def test_json_holds_the_row(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_page_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert profiler.main([*SMALL, "--mode", "forward_backward"]) == 0
+    assert profiler.main([*SMALL, "--mode", "forward_backward", "--freed-memory", "returned"]) == 0
     shown = capsys.readouterr()
     assert shown.err == "" and "\x1b" not in shown.out
     assert max(map(len, shown.out.splitlines())) <= 80
@@ -322,6 +324,7 @@ def test_the_page_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         "bra 8x8x8 n_win=2 topk=1 forward_backward",
         "counts agree",
         "prediction off by",
+        "freed memory is returned",
         "Heaviest operators",
     ):
         assert told in shown.out
@@ -400,7 +403,7 @@ def flags(*extra: str) -> list[str]:
 PROFILER_FLAGS = flags(
     "--attention", "--block", "--model", "--plugin", "--height", "--width", "--dim", "--num-heads", "--batch", "--impl",
     "--mode", "--dtype", "--device", "--compiled", "--cuda-graph",
-    "--deterministic", "--seed", "--trace", "--json", "--help", "--no",
+    "--deterministic", "--freed-memory", "--seed", "--trace", "--json", "--help", "--no",
 )  # fmt: skip
 RUN_ALL_FLAGS = [
     "--gpus", "--launcher", "--slurm", "--shards", "--device", "--only",
@@ -432,8 +435,8 @@ def fuzzed(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str])
 def test_no_command_line_breaks_the_profiler(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
-    def no_measurement(case: Case, plugins: Sequence[str], trace: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        return case.who("profiling", "Paper CPU") | {"torch": "2", "status": "error", "reason": "not run"}, {}
+    def no_measurement(job: Job, trace: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        return job.case.who("profiling", "Paper CPU") | {"torch": "2", "status": "error", "reason": "not run"}, {}
 
     monkeypatch.setattr(profiler, "_measure", no_measurement)
     fuzzed(capsys, profiler.main, arguments)

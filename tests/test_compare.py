@@ -170,6 +170,19 @@ def test_what_is_the_same_is_counted_and_not_listed(capsys: pytest.CaptureFixtur
     assert told.index("SLOWER") < told.index("AMBIGUOUS") < told.index("FASTER")
 
 
+def test_cells_that_a_run_left_open_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(height: int, *latencies: float) -> list[dict[str, Any]]:
+        return [row(height, latency, replicate=number) for number, latency in enumerate(latencies)]
+
+    agreed = [*run(7, 9.9, 10.0, 10.1), *run(14, 9.9, 10.0, 10.1), *run(28, 9.9, 10.0, 10.1), failed(56)]
+    asked = [*run(7, 9.8, 10.0, 10.1), *run(14, 9.0, 10.0, 11.0), *run(28, 10.0, 10.0), failed(56)]
+    found = compared(agreed, asked)
+    assert found.cells["settled"].tolist() == [True, False, False, False]
+    assert shown(found, capsys).endswith("2 are not settled: fewer than three processes measured them, or these do "
+                                         "not agree.\n")  # fmt: skip
+    assert "not settled" not in shown(compared(agreed, agreed), capsys)
+
+
 def test_square_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     odd = {"other_options": "reach=[/bold]"}
     assert "reach=[/bold]" in shown(compared([row(**odd)], [row(latency=20.0, **odd)]), capsys)

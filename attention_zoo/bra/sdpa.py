@@ -30,7 +30,7 @@ CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Gathered keys and values in hand at a time: small enough for a cache, large enough to keep all cores busy."""
 
 CONVOLVED_FROM = 500_000
-"""Numbers in an input from which on a CPU's convolution of 1 x 1 is faster than its product and sum."""
+"""Numbers in an input from which on a convolution of 1 x 1 is faster on a CPU than a product and the bias's sum."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -77,8 +77,8 @@ def forward(
 
 
 def _project(
-    tokens: Float[Tensor, "*g c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"] | None
-) -> Float[Tensor, "*g d"]:
+    tokens: Float[Tensor, "b y x c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"] | None
+) -> Float[Tensor, "b y x d"]:
     if device_type(tokens) != "cpu":
         return F.linear(tokens, weight, bias)
     if tokens.dtype == torch.float32 and tokens.numel() >= CONVOLVED_FROM and not torch.is_grad_enabled():
@@ -92,8 +92,8 @@ def _project(
 
 def _pieces(
     bra: "BiLevelRoutingAttention", k: Float[Tensor, "b h w e"], v: Float[Tensor, "b h w c"], side: int
-) -> tuple[Float[Tensor, "g s e"], Float[Tensor, "g s c"], Int[Tensor, "p t"]]:
-    """Keys and values in the pieces in which they are gathered, and the numbers of a region's t pieces in an image.
+) -> tuple[Float[Tensor, "g s e"], Float[Tensor, "g s c"], Int[Tensor, "r t"]]:
+    """Keys and values in the pieces in which they are gathered, and the numbers of every region's t pieces.
 
     A piece is a row of a region, as it lies in the grid, or all that downsampling leaves of a region.
     """
