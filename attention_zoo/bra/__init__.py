@@ -124,7 +124,11 @@ class BiLevelRoutingAttention(Attention):
         else:
             out, index, weight = reference.forward(self, padded, side, valid)
         with stage("bra.output"):
-            return regions.crop(self.wo(out), height, width), index, weight
+            if impl == "sdpa" and isinstance(self.wo, nn.Linear):
+                out = sdpa.project(out, self.wo.weight, self.wo.bias)
+            else:
+                out = self.wo(out)
+            return regions.crop(out, height, width), index, weight
 
     def unsupported(self, impl: str, x: Tensor) -> str | None:
         if impl == "triton":

@@ -47,19 +47,22 @@ def forward(
         # and values as the grid does, which LePE reads, too.
         to_q, to_k, to_v = bra.qkv.qkv.weight.split([e, e, dim])
         q_bias, k_bias, v_bias = bra.qkv.qkv.bias.split([e, e, dim])
-        q = _project(regions.to_regions(x, side, side).flatten(2, 3), to_q, q_bias)
+        q = project(regions.to_regions(x, side, side).flatten(2, 3), to_q, q_bias)
         # A bias of the keys adds the same to all scores of a query, of regions and of tokens: no softmax sees it,
         # unless keys are multiplied or go through a learned map first.
         seen = bra.soft_routing or bra.diff_routing or bra.kv_down.mode != "identity"
-        k, v = _project(x, to_k, k_bias if seen else None), _project(x, to_v, v_bias)
+        k, v = project(x, to_k, k_bias if seen else None), project(x, to_v, v_bias)
         few_k, few_v, pieces = _pieces(bra, k, v, side)
     with stage("bra.route"):
         k_mean = F.avg_pool2d(k.permute(0, 3, 1, 2), (tall, wide)).permute(0, 2, 3, 1).flatten(1, 2)
         index, strength = bra.router(q.mean(dim=2), k_mean)
     with stage("bra.attend"):
         factor = _factor(bra, strength)
-        images = torch.arange(0, batch * side**2, side**2, device=x.device)
-        routed = pieces[(index + images[:, None, None]).flatten(0, 1)].flatten(1)
+        routed = pieces.index_select(0, index.flatten()).view(batch, -1)
+        if batch > 1:
+            per_image = len(few_k) // batch
+            routed = routed + torch.arange(0, len(few_k), per_image, device=x.device)[:, None]
+        routed = routed.view(batch * side**2, -1)
         if factor is not None:
             factor = factor.flatten(0, 1).repeat_interleave(pieces.shape[1], dim=1)
         arguments = q.flatten(0, 1), few_k, few_v, routed, factor, bra.num_heads, bra.scale
@@ -76,9 +79,10 @@ def forward(
         return out.reshape(x.shape), index, strength
 
 
-def _project(
+def project(
     tokens: Float[Tensor, "b y x c"], weight: Float[Tensor, "d c"], bias: Float[Tensor, " d"] | None
 ) -> Float[Tensor, "b y x d"]:
+    """``F.linear``, as fast as it gets on a CPU."""
     if device_type(tokens) != "cpu":
         return F.linear(tokens, weight, bias)
     if tokens.dtype == torch.float32 and tokens.numel() >= CONVOLVED_FROM and not torch.is_grad_enabled():
@@ -92,18 +96,18 @@ def _project(
 
 def _pieces(
     bra: "BiLevelRoutingAttention", k: Float[Tensor, "b h w e"], v: Float[Tensor, "b h w c"], side: int
-) -> tuple[Float[Tensor, "g s e"], Float[Tensor, "g s c"], Int[Tensor, "r t"]]:
-    """Keys and values in the pieces in which they are gathered, and the numbers of every region's t pieces.
+) -> tuple[Float[Tensor, "g s e"], Float[Tensor, "g s c"], Int[Tensor, "p t"]]:
+    """Keys and values in the pieces in which they are gathered, and the numbers of a region's t pieces in its image.
 
     A piece is a row of a region, as it lies in the grid, or all that downsampling leaves of a region.
     """
-    batch, height, width = k.shape[:3]
+    height, width = k.shape[1:3]
     if bra.kv_down.mode != "identity":
         both = rearrange(torch.cat([k, v], dim=-1), "b (r y) (c x) d -> (b r c) d y x", r=side, c=side)
         few = rearrange(bra.kv_down(both), "g d y x -> g (y x) d")
-        pieces = torch.arange(len(few), device=k.device)[:, None]
+        pieces = torch.arange(side**2, device=k.device)[:, None]
         return few[..., : bra.qk_dim].contiguous(), few[..., bra.qk_dim :].contiguous(), pieces
-    pieces = torch.arange(batch * height * side, device=k.device).view(batch * side, -1, side).mT.flatten(0, 1)
+    pieces = torch.arange(height * side, device=k.device).view(side, -1, side).mT.flatten(0, 1)
     few_k, few_v = (t.reshape(-1, width // side, t.shape[3]) for t in (k, v))
     return few_k, few_v, pieces
 
