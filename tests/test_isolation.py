@@ -34,6 +34,7 @@ EXPECTED = {
     "fault_gradient": "incorrect",
     "fault_no_gradient": "incorrect",
     "fault_nan": "incorrect",
+    "fault_without_gradients": "incorrect",
     "fault_right": "ok",
     "fault_count": "error",
     "fault_crash_on_shapes": "crash",

@@ -110,6 +110,14 @@ class NoGradient(Wrong):
         return out.detach() + 0 * x
 
 
+@register("fault_without_gradients")
+class WrongWithoutGradients(Wrong):
+    """Right, with its gradients, and something else where none are asked for."""
+
+    def fast(self, x: Tensor, out: Tensor) -> Tensor:
+        return out if torch.is_grad_enabled() else 1.001 * out
+
+
 @register("fault_nan")
 class OneNaN(Wrong):
     """Right everywhere but in one channel, which is not a number; the gradients are right."""
