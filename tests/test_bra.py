@@ -287,6 +287,8 @@ def parity(name: str, impl: str) -> tuple[dict[str, float], float]:
     errors = {"output": relative(found, exact), "gradient of the input": relative(given.grad, x.grad)}
     for parameter, value in drawn.module.named_parameters():
         errors[f"gradient of {parameter}"] = relative(value.grad, weights[parameter].grad)
+    with torch.no_grad():
+        errors["output without gradients"] = relative(run_or_skip(drawn.module, drawn.x), exact)
     single = run_or_skip(drawn.module.float(), drawn.x.float())
     return errors, relative(single.double(), exact)
 
@@ -306,6 +308,60 @@ def test_chunks_of_query_regions_add_up(name: str, chunk_bytes: int, monkeypatch
     errors, single = parity(name, "sdpa")
     assert max(errors.values()) < 1e-9, errors
     assert single < 1e-5
+
+
+@pytest.mark.parametrize("convolved_from", [0, 1 << 62])
+@pytest.mark.parametrize("name", [name for name in SETS if not name.startswith("masked")])
+def test_sdpa_without_gradients_equals_the_oracle(
+    name: str, convolved_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdpa, "CONVOLVED_FROM", convolved_from)
+    drawn = draw("sdpa", **SETS[name])
+    exact = drawn.oracle().out
+    with torch.no_grad():
+        assert relative(drawn.module.float()(drawn.x.float()).double(), exact) < 1e-5
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_sdpa_runs_the_hooks_and_subclasses_of_its_parts(grad: bool) -> None:
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    def seen_by(module: nn.Module) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        for name in ("qkv", "qkv.qkv", "lepe", "wo"):
+            part = module.get_submodule(name)
+            part.register_forward_hook(lambda _, given, out, name=name: seen.update({name: out}))
+        return seen
+
+    drawn = draw("sdpa", **SETS["topk 3"])
+    reference = draw("reference", **SETS["topk 3"])
+    reference.module.load_state_dict(drawn.module.state_dict())
+    for module in (drawn.module, reference.module):
+        adapted = Adapted(*module.wo.weight.T.shape).double()
+        adapted.load_state_dict(module.wo.state_dict())
+        module.wo = adapted
+    with torch.set_grad_enabled(grad):
+        assert relative(drawn.module(drawn.x), reference.module(drawn.x)) < 1e-12
+        fast, slow = seen_by(drawn.module), seen_by(reference.module)
+        assert relative(drawn.module(drawn.x), reference.module(drawn.x)) < 1e-12
+    assert set(fast) == set(slow) == {"qkv", "qkv.qkv", "lepe", "wo"}
+    for name in ("lepe", "wo"):
+        assert relative(fast[name], slow[name]) < 1e-12, name
+
+
+def test_sdpa_takes_a_routing_factor_of_another_type() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(4, 3, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    factor = torch.rand(4, 2, requires_grad=True)
+    index = torch.tensor([[0, 1], [2, 3], [1, 1], [3, 0]])
+    sdpa._RoutedAttention.apply(q, k, v, index, factor, 2, 0.5)[0].sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v, factor)]
+    sdpa._RoutedAttention.apply(*exact[:3], index, exact[3], 2, 0.5)[0].sum().backward()
+    for found, wanted in zip((q, k, v, factor), exact, strict=True):
+        assert found.grad.dtype == found.dtype
+        assert relative(found.grad.double(), wanted.grad) < 0.02
 
 
 @pytest.mark.parametrize("name", [name for name in SETS if not name.startswith("masked")])

@@ -124,7 +124,7 @@ class BiLevelRoutingAttention(Attention):
         else:
             out, index, weight = reference.forward(self, padded, side, valid)
         with stage("bra.output"):
-            if impl == "sdpa" and isinstance(self.wo, nn.Linear):
+            if impl == "sdpa" and sdpa.is_plain(self.wo):
                 out = sdpa.project(out, self.wo.weight, self.wo.bias)
             else:
                 out = self.wo(out)

@@ -10,13 +10,13 @@ t pieces of a region, i pieces and l keys of a query region, m heads, c dim, e q
 """
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_zoo import regions
 from attention_zoo.attend import merge_heads, split_heads
@@ -26,8 +26,11 @@ from attention_zoo.stages import stage
 if TYPE_CHECKING:
     from attention_zoo.bra import BiLevelRoutingAttention
 
-CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-"""Gathered keys and values in hand at a time: small enough for a cache, large enough to keep all cores busy."""
+CHUNK_BYTES = {"cpu": 4 << 20, "meta": 1 << 62}
+"""Gathered keys and values in hand at a time: small enough for a cache; shapes alone need no memory."""
+
+CHUNK_BYTES_ON_A_GPU = 256 << 20
+"""Large enough to keep all cores of any other device busy."""
 
 CONVOLVED_FROM = 500_000
 """Numbers in an input from which on a convolution of 1 x 1 is faster on a CPU than a product and the bias's sum."""
@@ -41,17 +44,9 @@ def forward(
 ) -> tuple[Float[Tensor, "b h w c"], Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
     """BRA before its output projection, and its routes; ``side`` regions per side divide the grid."""
     batch, height, width, dim = x.shape
-    tall, wide, e = height // side, width // side, bra.qk_dim
+    tall, wide = height // side, width // side
     with stage("bra.project"):
-        # Three products instead of one, so that each result lies by itself in memory: queries region by region, keys
-        # and values as the grid does, which LePE reads, too.
-        to_q, to_k, to_v = bra.qkv.qkv.weight.split([e, e, dim])
-        q_bias, k_bias, v_bias = bra.qkv.qkv.bias.split([e, e, dim])
-        q = project(regions.to_regions(x, side, side).flatten(2, 3), to_q, q_bias)
-        # A bias of the keys adds the same to all scores of a query, of regions and of tokens: no softmax sees it,
-        # unless keys are multiplied or go through a learned map first.
-        seen = bra.soft_routing or bra.diff_routing or bra.kv_down.mode != "identity"
-        k, v = project(x, to_k, k_bias if seen else None), project(x, to_v, v_bias)
+        q, k, v = _projected(bra, x, side)
         few_k, few_v, pieces = _pieces(bra, k, v, side)
     with stage("bra.route"):
         k_mean = F.avg_pool2d(k.permute(0, 3, 1, 2), (tall, wide)).permute(0, 2, 3, 1).flatten(1, 2)
@@ -74,9 +69,38 @@ def forward(
             local = bra.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             # The grid's own layout first: it is the sum's, too. Autograd would copy what is written in place.
             local = local.reshape(out.shape)
-            out = local + out if torch.is_grad_enabled() else local.add_(out)
+            out = local + out if torch.is_grad_enabled() or bra.lepe._forward_hooks else local.add_(out)
     with stage("bra.output"):
         return out.reshape(x.shape), index, strength
+
+
+def _projected(
+    bra: "BiLevelRoutingAttention", x: Float[Tensor, "b h w c"], side: int
+) -> tuple[Float[Tensor, "b p n e"], Float[Tensor, "b h w e"], Float[Tensor, "b h w c"]]:
+    """Queries region by region, keys and values as the grid lies, which LePE reads, too."""
+    parts = [bra.qk_dim, bra.qk_dim, bra.dim]
+    if not (is_plain(bra.qkv.qkv) and has_no_hooks(bra.qkv)):
+        q, k, v = bra.qkv(x).split(parts, dim=-1)
+        return regions.to_regions(q, side, side).flatten(2, 3), k, v
+    # Three products instead of one, so that each result lies by itself in memory.
+    to_q, to_k, to_v = bra.qkv.qkv.weight.split(parts)
+    q_bias, k_bias, v_bias = bra.qkv.qkv.bias.split(parts)
+    q = project(regions.to_regions(x, side, side).flatten(2, 3), to_q, q_bias)
+    # A bias of the keys adds the same to all scores of a query, of regions and of tokens: no softmax sees it,
+    # unless keys are multiplied or go through a learned map first.
+    seen = bra.soft_routing or bra.diff_routing or bra.kv_down.mode != "identity"
+    return q, project(x, to_k, k_bias if seen else None), project(x, to_v, v_bias)
+
+
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear map and nothing but its weight and bias: no adapter, no pruning, no hook."""
+    return type(module) is nn.Linear and has_no_hooks(module)
+
+
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether nothing wants to be told, or to meddle, when this module runs."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return not any(hooks)
 
 
 def project(
@@ -85,7 +109,8 @@ def project(
     """``F.linear``, as fast as it gets on a CPU."""
     if device_type(tokens) != "cpu":
         return F.linear(tokens, weight, bias)
-    if tokens.dtype == torch.float32 and tokens.numel() >= CONVOLVED_FROM and not torch.is_grad_enabled():
+    large = tokens.dtype == torch.float32 and tokens.numel() >= CONVOLVED_FROM
+    if large and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
         # oneDNN's, which has the bias done within.
         return F.conv2d(tokens.permute(0, 3, 1, 2), weight[..., None, None], bias).permute(0, 2, 3, 1)
     if bias is None:
@@ -172,13 +197,14 @@ class _RoutedAttention(torch.autograd.Function):
                 if dfactor is not None:
                     dfactor[part] += (found * whole[index[part].flatten()]).sum(dim=(1, 2)).view_as(dfactor[part])
                     found = found * factor[part].flatten()[:, None, None]
-                dwhole.index_add_(0, index[part].flatten(), found)
+                # Under autocast the factor is of another type than keys and values.
+                dwhole.index_add_(0, index[part].flatten(), found.to(dwhole.dtype))
         return dq, dk, dv, None, dfactor, None, None
 
 
 def _chunks(k: Float[Tensor, "g s e"], v: Float[Tensor, "g s c"], index: Int[Tensor, "r i"]) -> Iterator[slice]:
     per_region = index.shape[1] * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
-    most = max(1, CHUNK_BYTES.get(device_type(k), 1 << 62) // per_region)
+    most = max(1, CHUNK_BYTES.get(device_type(k), CHUNK_BYTES_ON_A_GPU) // per_region)
     step = -(-len(index) // -(-len(index) // most))
     starts: Iterable[int] = range(0, len(index), step)
     if only_memory_is_followed():
