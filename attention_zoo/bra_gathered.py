@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_zoo.attend import attend, merge_heads, split_heads
-from attention_zoo.contract import Attention, Impl, InvalidOption, Macs
+from attention_zoo.bra.sdpa import project
+from attention_zoo.contract import Attention, Impl, InvalidOption, Macs, device_type
 from attention_zoo.lepe import depthwise
 from attention_zoo.options import AtLeast0, AtLeast1
 from attention_zoo.registry import register
@@ -55,16 +56,22 @@ class GatheredAttention(Attention):
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         batch, height, width = x.shape[:3]
-        count, keys = batch * self.n_win**2, self.kv_tokens_per_query(height, width)
-        q, k, v = self.qkv(x).split(self.dim, dim=-1)
+        count, keys, impl = batch * self.n_win**2, self.kv_tokens_per_query(height, width), self.chosen_impl(x)
+        # As BRA's does it, which is to have no advantage over its bound.
+        as_sdpa = impl == "sdpa" and device_type(x) == "cpu"
+        if as_sdpa:
+            parts = (t.split(self.dim) for t in (self.qkv.weight, self.qkv.bias))
+            q, k, v = (project(x, weight, bias) for weight, bias in zip(*parts, strict=True))
+        else:
+            q, k, v = self.qkv(x).split(self.dim, dim=-1)
         k_runs, v_runs = (_Runs.apply(t.flatten(0, 2), count, keys) for t in (k, v))
         queries = q.reshape(count, -1, self.dim)
         heads = [split_heads(t, self.num_heads) for t in (queries, k_runs, v_runs)]
-        out = merge_heads(attend(heads[0], heads[1], heads[2], self.scale, impl=self.chosen_impl(x)))
+        out = merge_heads(attend(heads[0], heads[1], heads[2], self.scale, impl=impl))
         out = out.reshape(x.shape)
         if self.lepe is not None:
             out = out + rearrange(self.lepe(rearrange(v, "b h w c -> b c h w")), "b c h w -> b h w c")
-        return self.wo(out)
+        return project(out, self.wo.weight, self.wo.bias) if as_sdpa else self.wo(out)
 
     def macs(self, height: int, width: int) -> Macs:
         tokens, lepe = height * width, 0 if self.lepe is None else self.lepe.kernel_size[0] ** 2
