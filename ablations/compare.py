@@ -5,7 +5,8 @@ process, the interval goes from the lower to the upper quartile of its samples, 
 between processes: expect more AMBIGUOUS, and false alarms on a busy machine.
 
 Two runs on the same device with the same PyTorch are compared at the same speed of the machine, as the yardsticks
-beside every cell tell it; that speed is shown with the environment.
+beside every cell tell it; that speed is shown with the environment. Of folders that hold several devices, each is
+compared with itself.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ those that take 10 % longer: 1.1 ** (2.33 / (2.33 + 1.64)), where 2.33 and 1.64 
 """
 CASE = [column for column in KEY if column not in ("device_name", "replicate", "seed")]
 ENVIRONMENT = ["device_name", "threads", "driver", "torch", "cuda", "triton", "python", "commit", "dirty"]
-EXACT = ["params", "macs_analytic", "macs_counted", "macs_fvcore", "memory_predicted_bytes", "memory_peak_bytes"]
+EXACT = ["impl", "sdpa_backend", "freed_memory", "params", "macs_analytic", "macs_counted", "macs_fvcore",
+         "memory_predicted_bytes", "memory_peak_bytes"]  # fmt: skip
 BARE = ("sweep", "kind", "name", "impl_requested", "mode", "dtype", "device")
 VERDICTS = ("FASTER", "SAME", "SLOWER", "AMBIGUOUS")
 WORSE = {status: rank for rank, status in enumerate(STATUSES)}
@@ -43,7 +45,8 @@ class Comparison:
     Attributes:
         cells: one row per case in both runs: ``case``, ``verdict`` (empty without two times), ``ratio`` of the
             times B / A, ``a_ms``, ``b_ms``, ``settled`` where the processes of both runs agree (``replicates``),
-            ``status`` where it changed, ``changes`` of exact columns.
+            ``status`` where it changed, ``changes`` of exact columns. What was measured with freed memory kept in one
+            run and returned in the other is AMBIGUOUS.
         environment: per differing column, its values in A and in B.
         missing: cases only in A.
         new: cases only in B.
@@ -69,7 +72,46 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
-    """Compare run B with run A."""
+    """Compare run B with run A: device by device, or the only one of A with the only one of B.
+
+    Raises:
+        InvalidOption: neither is there; the message lists the devices.
+    """
+    devices = [sorted(rows["device_name"].unique()) for rows in (a, b)]
+    shared = sorted(set(devices[0]) & set(devices[1]))
+    if not shared and max(map(len, devices)) > 1:
+        raise InvalidOption(
+            f"no device is in both: A has {' and '.join(devices[0])}, B has {' and '.join(devices[1])}; "
+            "give the folder of one device on either side"
+        )
+    if not shared:
+        return _compare(a, b)
+    found = [_compare(*(rows[rows["device_name"] == name] for rows in (a, b))) for name in shared]
+    if len(shared) > 1:
+        found = list(map(_of_device, shared, found))
+    environment = {what: sides for part in found for what, sides in part.environment.items()}
+    if devices[0] != devices[1]:
+        told = (", ".join(name if name in shared else f"{name} (left out)" for name in side) for side in devices)
+        environment["device_name"] = next(told), next(told)
+    return Comparison(
+        pd.concat([part.cells for part in found], ignore_index=True),
+        environment,
+        [case for part in found for case in part.missing],
+        [case for part in found for case in part.new],
+    )
+
+
+def _of_device(name: str, found: Comparison) -> Comparison:
+    """The same with the device named in every case."""
+    return Comparison(
+        found.cells.assign(case=f"{name}: " + found.cells["case"]),
+        {f"{name}: {what}": sides for what, sides in found.environment.items()},
+        [f"{name}: {case}" for case in found.missing],
+        [f"{name}: {case}" for case in found.new],
+    )
+
+
+def _compare(a: pd.DataFrame, b: pd.DataFrame) -> Comparison:
     shared = set(a["sweep"]) & set(b["sweep"])
     speeds = _speed(*(rows[rows["sweep"].isin(shared)] for rows in (a, b)))
     if speeds:
@@ -204,8 +246,11 @@ def _cell(case: str, a: pd.Series, b: pd.Series) -> tuple[object, ...]:
     timed = left is not None and right is not None
     changes = [f"{c}: {_shown(a[c])} -> {_shown(b[c])}" for c in EXACT if _shown(a[c]) != _shown(b[c])]
     status = "" if a["rank"] == b["rank"] else f"{STATUSES[int(a['rank'])]} -> {STATUSES[int(b['rank'])]}"
+    found = verdict(left, right) if timed else ""
+    if found not in ("", "SAME") and _shown(a["freed_memory"]) != _shown(b["freed_memory"]):
+        found = "AMBIGUOUS"
     return (
-        case, verdict(left, right) if timed else "", right[1] / left[1] if timed else None,
+        case, found, right[1] / left[1] if timed else None,
         left and left[1], right and right[1], bool(a["settled"] and b["settled"]),
         status, bool(b["rank"] > a["rank"]), "; ".join(changes),
     )  # fmt: skip

@@ -183,6 +183,27 @@ def test_cells_that_a_run_left_open_are_counted(capsys: pytest.CaptureFixture[st
     assert "not settled" not in shown(compared(agreed, agreed), capsys)
 
 
+def test_each_device_is_compared_with_itself() -> None:
+    def on(name: str, latency: float, height: int = 14) -> dict[str, Any]:
+        return row(height, latency, device_name=name)
+
+    found = compared([on("X", 10.0), on("Y", 30.0)], [on("Y", 30.0), on("Z", 10.0)])
+    assert found.cells["verdict"].tolist() == ["SAME"] and not found.missing and not found.new
+    assert found.environment == {"device_name": ("X (left out), Y", "Y, Z (left out)")}
+    found = compared([on("X", 10.0), on("Y", 30.0)], [on("X", 20.0), on("Y", 30.0), on("Y", 30.0, 28)])
+    assert found.cells["verdict"].tolist() == ["SLOWER", "SAME"]
+    assert [case.split(": ")[0] for case in [*found.cells["case"], *found.new]] == ["X", "Y", "Y"]
+    with pytest.raises(InvalidOption, match="A has X and Y, B has Z; give the folder of one device"):
+        compared([on("X", 10.0), on("Y", 30.0)], [on("Z", 10.0)])
+
+
+def test_a_time_with_memory_kept_is_not_held_against_one_with_memory_returned() -> None:
+    for kept, expected in (("kept", "SLOWER"), ("returned", "AMBIGUOUS")):
+        found = compared([row(freed_memory="kept")], [row(latency=20.0, freed_memory=kept)])
+        assert found.cells["verdict"].tolist() == [expected]
+        assert found.cells["changes"].tolist() == ["" if kept == "kept" else "freed_memory: kept -> returned"]
+
+
 def test_square_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     odd = {"other_options": "reach=[/bold]"}
     assert "reach=[/bold]" in shown(compared([row(**odd)], [row(latency=20.0, **odd)]), capsys)
