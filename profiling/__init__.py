@@ -14,6 +14,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 def measure(module: "nn.Module", x: "Tensor", mode: str = "forward", dtype: str = "fp32") -> dict[str, Any]:
     """Count, predict and time one step of any module, in this process.
 
+    The module stays as it is, in training mode or not; its gradients are cleared.
+
     >>> import torch
     >>> found = measure(torch.nn.Linear(64, 64), torch.randn(1, 196, 64))
     >>> found["macs_counted"], found["memory_predicted_bytes"] == found["memory_peak_bytes"]

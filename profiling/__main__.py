@@ -59,23 +59,28 @@ def _run(arguments: list[str]) -> int:
 
 def _measure(job: Job, trace: str | None) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     isolation.start()
+    # A step that needs more than is free ends as out of memory, before the system begins to kill.
+    memory = environment.available_bytes("cpu") if job.case.device == "cpu" else None
     outcome = isolation.call(theory, job)
     if outcome.reason.startswith(INVALID):
         raise InvalidOption(outcome.reason.removeprefix(INVALID))
+    nothing: dict[str, list[dict[str, Any]]] = {"stages": [], "heaviest_operators": []}
     facts = environment.describe(job.case.device)
     row: dict[str, Any] = job.case.who("profiling", facts["device_name"]) | facts
     row |= outcome.value or {}
     row |= {"status": outcome.status, "reason": outcome.reason}
     if outcome.status == "ok":
-        outcome = isolation.call(measure_cell, job)
+        outcome = isolation.call(measure_cell, job, memory=memory)
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
         row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row.get("macs_fvcore"))
     if row["status"] != "ok":
-        return row, {"stages": [], "heaviest_operators": []}
-    profiled = isolation.call(breakdown, job, trace and str(Path(trace).resolve()))
+        return row, nothing
+    profiled = isolation.call(breakdown, job, trace and str(Path(trace).resolve()), memory=memory)
     if trace and profiled.status != "ok":
         raise OSError(f"--trace {trace}: {profiled.reason}")
-    return row, profiled.value or {}
+    if profiled.status != "ok":
+        print(f"no stages and operators: {profiled.status}: {profiled.reason}", file=sys.stderr)
+    return row, profiled.value or nothing
 
 
 def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:

@@ -86,16 +86,8 @@ def measure(job: Job) -> dict[str, Any]:
     Raises:
         Unsupported: the implementation, or a CUDA graph, cannot run here.
     """
-    job.load()
+    told = _prepare(job)
     case = job.case
-    if case.device == "cpu":
-        steady.keep_freed_memory(large_blocks=job.freed_memory == "kept")
-        steady.displace_memory()
-    if case.cuda_graph:
-        check_graphs(case.device)
-    if case.deterministic:
-        # cuBLAS reads it when CUDA starts, and is not deterministic without.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     columns: dict[str, Any] = {}
     work = case.workload(case.device)
     # Before the check compiles the same code: for the second time it takes a fraction.
@@ -106,8 +98,7 @@ def measure(job: Job) -> dict[str, Any]:
         if not found.ok:
             return columns | {"status": "incorrect", "reason": f"{found.where} is off by {found.error:.2g}"}
     columns |= compilation | {"impl": case.implementation(work)}
-    if case.device == "cpu":
-        columns["freed_memory"] = job.freed_memory
+    columns["freed_memory"] = job.freed_memory if told else None
     if columns["impl"] != "reference":
         with work.settings():
             columns["sdpa_backend"] = sdpa_backend(work.step)
@@ -126,6 +117,24 @@ def measure(job: Job) -> dict[str, Any]:
     return columns | memory_columns(work) | {"macs_fvcore": None if case.compiled else _fvcore(work)}
 
 
+def _prepare(job: Job) -> bool:
+    """Make this process ready for the job's step; returns whether the C library was told what to do with memory.
+
+    Raises:
+        Unsupported: a CUDA graph is asked for, and cannot be had here.
+    """
+    job.load()
+    told = job.case.device == "cpu" and steady.keep_freed_memory(large_blocks=job.freed_memory == "kept")
+    if job.case.device == "cpu":
+        steady.displace_memory()
+    if job.case.cuda_graph:
+        check_graphs(job.case.device)
+    if job.case.deterministic:
+        # cuBLAS reads it when CUDA starts, and is not deterministic without.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return told
+
+
 def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[str, Any]:
     """Counts, prediction, time and memory of any module, in this process."""
     work = Workload(module, x, mode, dtype)  # type: ignore[arg-type]
@@ -142,12 +151,19 @@ def measure_module(module: nn.Module, x: Tensor, mode: str, dtype: str) -> dict[
 
 
 def breakdown(job: Job, folder: str | None) -> dict[str, list[dict[str, Any]]]:
-    """Stages and heaviest operators of a case, as profiling.trace gives them; with ``folder``, a trace in it."""
-    job.load()
-    work = job.case.workload(job.case.device)
-    found = trace.breakdown(work, job.case.device)
-    if folder is not None:
-        trace.write_trace(work, job.case.device, folder)
+    """Stages and heaviest operators of a case, as profiling.trace gives them; with ``folder``, a trace in it.
+
+    Of the step that is timed: compiled, or replayed from a CUDA graph, if that is asked for.
+    """
+    _prepare(job)
+    case = job.case
+    work = case.workload(case.device)
+    if case.compiled:
+        work.compile()
+    with work.settings(), work.replayed() if case.cuda_graph else nullcontext():
+        found = trace.breakdown(work, case.device)
+        if folder is not None:
+            trace.write_trace(work, case.device, folder)
     return found
 
 

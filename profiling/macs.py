@@ -47,14 +47,17 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def by_fvcore(work: Workload) -> int:
-    """By fvcore's convention: the paper's own. Runs the module once on its real input."""
+    """By fvcore's convention: the paper's own. Runs the module once on its real input, in eval mode."""
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    with work.settings(), torch.no_grad():
-        analysis = FlopCountAnalysis(work.module.eval(), work.x.detach())
-        analysis.set_op_handle(**FUSED)
-        total = int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
-    work.module.train(work.mode == "forward_backward")
-    return total
+    training = {module: module.training for module in work.module.modules()}
+    try:
+        with work.settings(), torch.no_grad():
+            analysis = FlopCountAnalysis(work.module.eval(), work.x.detach())
+            analysis.set_op_handle(**FUSED)
+            return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
+    finally:
+        for module, was in training.items():
+            module.training = was
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> int:

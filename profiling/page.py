@@ -81,7 +81,8 @@ def _latency(row: dict[str, Any]) -> Table:
     if row.get("device_time_p50_ms"):
         table.add_row("on the device", _ms(row["device_time_p50_ms"]), f"wall / device {row['launch_bound']:.2f}")
     if row.get("system_share") is not None:
-        table.add_row("in the system", f"{100 * row['system_share']:.0f} %", f"freed memory is {row['freed_memory']}")
+        kept = f"freed memory is {row['freed_memory']}" if row.get("freed_memory") else ""
+        table.add_row("in the system", f"{100 * row['system_share']:.0f} %", kept)
     if row.get("compile_ms"):
         table.add_row("compilation", _ms(row["compile_ms"]), "first call")
     return table

@@ -19,21 +19,26 @@ STREAM_BYTES = 64 << 20
 _held: list[object] = []
 
 
-def keep_freed_memory(large_blocks: bool = True) -> None:
+def keep_freed_memory(large_blocks: bool = True) -> bool:
     """Have the C library keep what is freed for the next step, as PyTorch does by itself on a GPU.
 
     By default glibc gives blocks back to the system or not, by what happens to lie beside them: the same luck for all
     processes forked from one server, and up to 2.7x the time between one run and the next. Blocks of more than 32 MiB
     it gives back at once, always, so that every step gets its pages anew: half of the time, or nine tenths on a
     virtual machine whose host hands them out slowly. Without ``large_blocks`` these still go back.
+
+    Returns:
+        Whether the C library can be told.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_threshold, 32 << 20)
-        if large_blocks:
-            mallopt(mmap_max, 0)
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_threshold, 32 << 20)
+    if large_blocks:
+        mallopt(mmap_max, 0)
+    return True
 
 
 def displace_memory() -> None:

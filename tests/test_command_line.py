@@ -22,11 +22,12 @@ from ablations.launch import Launcher, Settings
 from ablations.store import exclusive
 from ablations.sweep import discover
 from attention_zoo import MODELS, InvalidOption, names, options
-from profiling import environment, isolation, page
+from profiling import environment, isolation, page, steady
 from profiling.arguments import run_reporting
 from profiling.case import Case
-from profiling.cell import Job
+from profiling.cell import Job, breakdown
 from profiling.rows import COLUMNS
+from profiling.workload import Workload
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGINS = ROOT / "tests" / "plugins"
@@ -359,6 +360,27 @@ def test_a_profile_that_fails_says_so_and_exits_with_1(
     assert profiler.main(arguments) == 1
     shown = capsys.readouterr()
     assert status in shown.out and told in " ".join(shown.out.split()) and "Traceback" not in shown.out + shown.err
+
+
+def test_a_step_larger_than_memory_ends_as_out_of_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "available_bytes", lambda device: 1 << 30)
+    arguments = ["--attention", "full", "--impl", "reference", "--height", "120", "--width", "120", "--dim", "8"]
+    assert profiler.main([*arguments, "--json"]) == 1
+    row = json.loads(capsys.readouterr().out)
+    assert row["status"] == "oom" and row["memory_predicted_bytes"] > 1 << 30 and "latency_p50_ms" not in row
+
+
+def test_a_profile_is_of_the_step_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Workload] = []
+    told: list[bool] = []
+    monkeypatch.setattr(Workload, "compile", lambda work: compiled.append(work))
+    monkeypatch.setattr(steady, "keep_freed_memory", lambda large_blocks: bool(told.append(large_blocks)))
+    monkeypatch.setattr(steady, "displace_memory", lambda: None)
+    job = Job(Case("pseudo_conv", 4, 4, 8, 2, compiled=True), freed_memory="returned")
+    assert breakdown(job, None)["heaviest_operators"]
+    assert len(compiled) == 1 and told == [False]
 
 
 def test_a_trace_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

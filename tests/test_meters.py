@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,6 +108,17 @@ def workload(name: str, mode: Mode = "forward", dtype: Dtype = "fp32", device: s
     make, shape = MODULES[name]
     with torch.device(device):
         return Workload(make(), torch.randn(shape), mode, dtype)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_counting_leaves_a_module_in_the_modes_it_was_in(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout())
+    module[1].eval()
+    if fails:
+        monkeypatch.setattr(macs, "FlopCountAnalysis", lambda *arguments: [][0])
+    with pytest.raises(IndexError) if fails else nullcontext():
+        macs.by_fvcore(Workload(module, torch.randn(1, 4)))
+    assert [part.training for part in module.modules()] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -411,6 +423,13 @@ def test_a_wrong_implementation_is_found(faults: None, name: str, where: str, er
         assert found is not None and not found.ok
         assert found.where.startswith(where)
         assert found.error == pytest.approx(error, rel=0.2) and found.error > 100 * found.tolerance
+
+
+def test_what_runs_without_gradients_is_checked_where_it_is_timed(faults: None) -> None:
+    wrong, right = (agreement.check(Case("fault_without_gradients", 4, 4, 8, 2, impl="fast", mode=m)) for m in MODES)
+    assert wrong is not None and not wrong.ok and wrong.where == "output without gradients"
+    assert wrong.error == pytest.approx(0.001, rel=1e-3)
+    assert right is not None and right.ok
 
 
 def test_a_right_implementation_passes(faults: None) -> None:
