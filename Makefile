@@ -5,7 +5,8 @@ BIN := .venv/bin
 
 reproduce: setup
 	$(BIN)/python run_all.py --fresh --only resolution,topk,kv_downsample,models
-	$(MAKE) notebooks
+	# Of the device just measured, whose report is the newest.
+	ATTENTION_DEVICE=$$(basename $$(dirname $$(ls -t results/*/report.html | head -1))) $(MAKE) notebooks
 
 test: setup
 	$(BIN)/ruff check .

@@ -490,19 +490,25 @@ def test_difference_is_in_brackets_if_it_is_rounding(text: str, count: float, sh
     assert published.difference(text, count, 1.0) == shown
 
 
-def test_the_device_can_be_chosen_and_a_gpu_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder, device in (("a-cpu", "cpu"), ("b-gpu", "cuda")):
+def test_the_device_can_be_chosen_and_a_gpu_or_the_most_cases_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, device, grids in (("a-cpu", "cpu", [56]), ("b-gpu", "cuda", [56]), ("c-cpu", "cpu", [56, 112])):
         (tmp_path / folder).mkdir()
-        row = cell("topk", "bra", "forward", 56, 100, 1.0, device=device, device_name=folder)
-        validate([row]).to_csv(tmp_path / folder / "topk.csv", index=False)
+        of_it = {"device": device, "device_name": folder}
+        rows = [cell("topk", "bra", "forward", grid, 100, 1.0, **of_it) for grid in grids]
+        validate(rows).to_csv(tmp_path / folder / "topk.csv", index=False)
     monkeypatch.setenv("ATTENTION_RESULTS", str(tmp_path))
     monkeypatch.delenv("ATTENTION_DEVICE", raising=False)
     assert plots.load().rows["device_name"].tolist() == ["b-gpu"]
     monkeypatch.setenv("ATTENTION_DEVICE", "a-cpu")
     assert plots.load().rows["device_name"].tolist() == ["a-cpu"]
     monkeypatch.setenv("ATTENTION_DEVICE", "c-tpu")
-    with pytest.raises(ValueError, match="valid: a-cpu, b-gpu"):
+    with pytest.raises(ValueError, match="valid: a-cpu, b-gpu, c-cpu"):
         plots.load()
+    monkeypatch.delenv("ATTENTION_DEVICE")
+    (tmp_path / "b-gpu" / "topk.csv").unlink()
+    assert plots.load().rows["device_name"].unique().tolist() == ["c-cpu"]
 
 
 def test_a_file_of_another_schema_is_said_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
