@@ -1,6 +1,7 @@
 """Two runs side by side: what got faster or slower, by intervals; what else changed, exactly.
 
-A cell that several processes measured is taken at their mean and interval (``replicates``). With one
+A cell that several processes measured is taken at their mean and interval (``replicates``). Where they do not agree,
+it is faster or slower only if all of one run lie on one side of all of the other, and are too many for chance. With one
 process, the interval goes from the lower to the upper quartile of its samples, which says nothing of what differs
 between processes: expect more AMBIGUOUS, and false alarms on a busy machine.
 
@@ -9,6 +10,7 @@ beside every cell tell it; that speed is shown with the environment. Of folders 
 compared with itself.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ TOLERANCE = 0.057
 If both scatter alike, as little as 1 % of the cells that did not change lie beyond it on either side, with 95 % of
 those that take 10 % longer: 1.1 ** (2.33 / (2.33 + 1.64)), where 2.33 and 1.64 are the normal quantiles.
 """
+CHANCE = 0.02
+"""How likely it may be that processes which do not agree, put in any order, come to lie run by run."""
 CASE = [column for column in KEY if column not in ("device_name", "replicate", "seed")]
 ENVIRONMENT = ["device_name", "threads", "driver", "torch", "cuda", "triton", "python", "commit", "dirty"]
 EXACT = ["impl", "sdpa_backend", "freed_memory", "params", "macs_analytic", "macs_counted", "macs_fvcore",
@@ -45,8 +49,7 @@ class Comparison:
     Attributes:
         cells: one row per case in both runs: ``case``, ``verdict`` (empty without two times), ``ratio`` of the
             times B / A, ``a_ms``, ``b_ms``, ``settled`` where the processes of both runs agree (``replicates``),
-            ``status`` where it changed, ``changes`` of exact columns. What was measured with freed memory kept in one
-            run and returned in the other is AMBIGUOUS.
+            ``status`` where it changed, ``changes`` of exact columns.
         environment: per differing column, its values in A and in B.
         missing: cases only in A.
         new: cases only in B.
@@ -220,8 +223,20 @@ def _by_case(rows: pd.DataFrame) -> pd.DataFrame:
     # As objects: else a row of it, taken out, would turn whole numbers into floats.
     found = groups.agg({"rank": "max"} | {column: "first" for column in EXACT}).astype(object)
     found["interval"] = pd.Series({case: _interval(group) for case, group in groups}, dtype=object)
-    found["settled"] = groups["latency_p50_ms"].agg(lambda medians: settled(list(medians.dropna())))
+    found["medians"] = groups["latency_p50_ms"].agg(lambda medians: list(medians.dropna()))
+    found["settled"] = found["medians"].map(settled)
     return found
+
+
+def _tells(a: pd.Series, b: pd.Series) -> bool:
+    """Whether two times of a case can be held against each other."""
+    if _shown(a["freed_memory"]) != _shown(b["freed_memory"]):
+        return False
+    one, two = a["medians"], b["medians"]
+    if (a["settled"] and b["settled"]) or min(len(one), len(two)) < 2:
+        return True
+    apart = max(one) < min(two) or max(two) < min(one)
+    return apart and 2 / math.comb(len(one) + len(two), len(one)) <= CHANCE
 
 
 def _interval(rows: pd.DataFrame) -> tuple[float, float, float] | None:
@@ -247,7 +262,7 @@ def _cell(case: str, a: pd.Series, b: pd.Series) -> tuple[object, ...]:
     changes = [f"{c}: {_shown(a[c])} -> {_shown(b[c])}" for c in EXACT if _shown(a[c]) != _shown(b[c])]
     status = "" if a["rank"] == b["rank"] else f"{STATUSES[int(a['rank'])]} -> {STATUSES[int(b['rank'])]}"
     found = verdict(left, right) if timed else ""
-    if found not in ("", "SAME") and _shown(a["freed_memory"]) != _shown(b["freed_memory"]):
+    if found not in ("", "SAME") and not _tells(a, b):
         found = "AMBIGUOUS"
     return (
         case, found, right[1] / left[1] if timed else None,

@@ -183,6 +183,25 @@ def test_cells_that_a_run_left_open_are_counted(capsys: pytest.CaptureFixture[st
     assert "not settled" not in shown(compared(agreed, agreed), capsys)
 
 
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    # By chance all of one run lie on one side in 2 of 20 orders, 2 of 70, 2 of 252.
+    [(1, "SLOWER"), (3, "AMBIGUOUS"), (4, "AMBIGUOUS"), (5, "SLOWER")],
+)
+def test_processes_that_do_not_agree_need_to_be_many(processes: int, expected: str) -> None:
+    loose = [9.0, 10.0, 9.5, 9.8, 9.2][:processes]
+    runs = [[row(latency=1.3**b * ms, replicate=n) for n, ms in enumerate(loose)] for b in (0, 1)]
+    assert compared(*runs).cells["verdict"].tolist() == [expected]
+    overlap = [row(latency=1.3 * ms, replicate=n) for n, ms in enumerate([*loose[:-1], 7.0])]
+    if processes > 1:
+        assert compared(runs[0], overlap).cells["verdict"].tolist() == ["AMBIGUOUS"]
+
+
+def test_processes_that_agree_need_not_be_many() -> None:
+    runs = [[row(latency=1.1**b * ms, replicate=n) for n, ms in enumerate((9.9, 10.0, 10.1))] for b in (0, 1)]
+    assert compared(*runs).cells["verdict"].tolist() == ["SLOWER"]
+
+
 def test_each_device_is_compared_with_itself() -> None:
     def on(name: str, latency: float, height: int = 14) -> dict[str, Any]:
         return row(height, latency, device_name=name)

@@ -15,6 +15,7 @@ from ablations import table
 from ablations.command import EXAMPLES as RUN_ALL
 from ablations.command import _parse as parse_run_all
 from attention_zoo import InvalidOption, build, get, load_plugin, names, options
+from notebooks import speed
 from notebooks.limits import crossing
 from profiling.__main__ import EXAMPLES as PROFILING
 from profiling.__main__ import _parser
@@ -109,6 +110,22 @@ def test_the_finding_is_in_the_results() -> None:
     timed = rows[rows["status"] == "ok"]
     assert "within 0.01 % of the peak measured there" in told
     assert ((timed["memory_predicted_bytes"] / timed["memory_peak_bytes"] - 1).abs() < 1e-4).all()
+
+
+def test_the_speed_of_bra_is_in_the_results() -> None:
+    told = " ".join(README.split())
+    means = re.search(r"(\S+)x as fast as the published method forward and (\S+)x in training on .* AMD EPYC", told)
+    memory = re.search(r"with 1/(\S+) and 1/(\S+) of its memory, and slower at none", told)
+    older = re.search(r"an earlier version of it was (\S+)x and (\S+)x as fast on an Intel", told)
+    assert means and memory and older
+    for folder, column, stated in (
+        ("amd-epyc", speed.TIME, means), ("amd-epyc", speed.MEMORY, memory), ("intel-xeon", speed.TIME, older),
+    ):  # fmt: skip
+        rows = typical(load(ROOT / f"results/{folder}-2-threads/bra_speed.csv"))
+        for mode, words in zip(("forward", "forward_backward"), stated.groups(), strict=True):
+            eight = speed.of_the_eight(speed.ratios(speed.wide(rows[rows["mode"] == mode], column)))["sdpa"]
+            assert len(eight) == 8 and eight.min() > 1
+            assert speed.geometric_mean(eight) == pytest.approx(float(words), rel=0.025)
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
