@@ -73,6 +73,9 @@ def _measure(job: Job, trace: str | None) -> tuple[dict[str, Any], dict[str, lis
         outcome = isolation.call(measure_cell, job, memory=memory)
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
         row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row.get("macs_fvcore"))
+        if job.case.compiled:
+            # What was predicted is the step as written; the compiler fuses some of it away.
+            row["memory_predicted_bytes"] = None
     if row["status"] != "ok":
         return row, nothing
     profiled = isolation.call(breakdown, job, trace and str(Path(trace).resolve()), memory=memory)
