@@ -1,8 +1,9 @@
 """One step of work on a module: what every meter runs."""
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -78,6 +79,11 @@ class Workload:
 
         # Workers for compilation would outlive the cell and be reported as leaked.
         torch._inductor.config.compile_threads = 1
+        with suppress(ImportError):
+            from tqdm import tqdm
+
+            # So would the semaphore that the compiler's progress bars take for a lock.
+            tqdm.set_lock(threading.RLock())
         # What an earlier process compiled would be taken for a fast compilation.
         torch._inductor.config.force_disable_caches = True
         warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
