@@ -1,17 +1,27 @@
-.PHONY: setup reproduce test notebooks wheels tensorboard clean
+.PHONY: setup reproduce lint test test-all notebooks wheels tensorboard clean
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
 
+# Each run ends with its figures, tables and report.html in results/<device>.
 reproduce: setup
-	$(BIN)/python run_all.py --fresh --only resolution,topk,kv_downsample,models
+	$(BIN)/python run_all.py --fresh --only resolution $(if $(FULL),--full)
+	$(BIN)/python run_all.py --fresh --only topk,kv_downsample,models $(if $(FULL),--full)
+ifdef FULL
 	# Of the device just measured, whose report is the newest.
 	ATTENTION_DEVICE=$$(basename $$(dirname $$(ls -t results/*/report.html | head -1))) $(MAKE) notebooks
+endif
 
-test: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not (slow or slurm or notebooks)"
+
+test-all: lint
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n 2 --dist loadscope
 
 setup: .venv/.ready
 
@@ -22,7 +32,8 @@ setup: .venv/.ready
 	touch $@
 
 notebooks: setup
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	ls notebooks/*.ipynb | xargs -P 2 -n 4 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False
 
 # For the Python of the machine that will install them: make wheels FOR=3.12
 FOR ?= 3.12

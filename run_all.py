@@ -2,6 +2,6 @@
 
 if __name__ == "__main__":
     # Imported here, so that the processes of the cells, which import this file, import nothing more.
-    from ablations.command import main
+    from ablations.cli.run_all import main
 
     raise SystemExit(main())

@@ -4,15 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from attention_zoo import InvalidOption, draw, load_plugin, names, options
-from attention_zoo.checkpoint import load_model
-from attention_zoo.models import MODELS
-from attention_zoo.options import Option, argument_type
+from attention_zoo import InvalidOption, load_plugin, names, options
+from attention_zoo.core.arguments import Parser
+from attention_zoo.core.options import Option, argument_type
+from attention_zoo.models.biformer import MODELS
+from attention_zoo.models.checkpoint import load_model
+from attention_zoo.visualize import receptive_field
 
 EXAMPLES = """examples:
   python -m attention_zoo axial                    what a query depends on
@@ -32,7 +34,7 @@ ROUTES = "results/figures/routes.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status: 0, or 2 with one line on stderr if the input is wrong."""
+    """Run and return the exit status: 0, or 2 with one line on stderr for invalid input."""
     try:
         print(_run(list(sys.argv[1:] if arguments is None else arguments)))
     except (InvalidOption, OSError) as problem:
@@ -44,66 +46,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        if arg_strings == ["--"] and action.option_strings:
-            # As in --flag=--, of which Python 3.11 makes an empty list.
-            raise argparse.ArgumentError(action, "expected a value, not --")
-        return super()._get_values(action, arg_strings)
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments"):
-            flags = [a.option_strings[0] for a in self._actions if a.option_strings]
-            message += f"; valid: {', '.join(flags)}"
-        raise InvalidOption(message)
-
-
 def _run(arguments: list[str]) -> Path:
     parser, declared = _parser(arguments)
-    given = parser.parse_args(arguments)
-    chosen = {name: getattr(given, name) for name in declared if hasattr(given, name)}
-    _check(given)
-    picture = draw.read_image(given.image) if given.image is not None else draw.sample_image()
-    query = _pixel(QUERY if given.query is None else given.query, picture)
-    if given.name == "bra" and (given.query is not None or given.weights is not None):
-        return _routes(given, picture, query, chosen)
-    if given.name == "gallery":
-        return draw.gallery(picture, query, given.output or "gallery.png")
-    return draw.save(given.name, picture, query, given.output or f"{given.name}.png", **chosen)
+    args = parser.parse_args(arguments)
+    chosen = {name: getattr(args, name) for name in declared if hasattr(args, name)}
+    _check(args)
+    picture = receptive_field.read_image(args.image) if args.image is not None else receptive_field.sample_image()
+    query = _pixel(QUERY if args.query is None else args.query, picture)
+    if args.name == "bra" and (args.query is not None or args.weights is not None):
+        return _routes(args, picture, query, chosen)
+    if args.name == "gallery":
+        return receptive_field.gallery(picture, query, args.output or "gallery.png")
+    return receptive_field.save(args.name, picture, query, args.output or f"{args.name}.png", **chosen)
 
 
 def _routes(
-    given: argparse.Namespace, picture: Float[Tensor, "3 h w"], query: tuple[int, int], chosen: dict[str, Any]
+    args: argparse.Namespace, picture: Float[Tensor, "3 h w"], query: tuple[int, int], chosen: dict[str, Any]
 ) -> Path:
-    from attention_zoo import draw_routes, routes
+    from attention_zoo.visualize import route_figure, routes
 
-    if given.weights is None:
-        found = routes.by_appearance(picture, query, **chosen)
+    if args.weights is None:
+        result = routes.by_appearance(picture, query, **chosen)
     else:
         topk = chosen.pop("topk", None)
-        model = load_model(given.model, given.weights, impl="auto", **chosen)
-        stage, block = (default if n is None else n for n, default in ((given.stage, 3), (given.block, 1)))
-        found = routes.of_model(model, picture, query, stage, block, topk)
-    path = draw_routes.save(found, picture, query, given.output or ROUTES)
-    print(f"routes {found.source}", file=sys.stderr)
+        model = load_model(args.model, args.weights, impl="auto", **chosen)
+        stage, block = (default if n is None else n for n, default in ((args.stage, 3), (args.block, 1)))
+        result = routes.of_model(model, picture, query, stage, block, topk)
+    path = route_figure.save(result, picture, query, args.output or ROUTES)
+    print(f"routes {result.source}", file=sys.stderr)
     return path
 
 
-def _parser(arguments: list[str]) -> tuple[_Parser, list[str]]:
+def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
     """The parser for the chosen attention, and the names of its options."""
-    first = _Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument("--plugin", action="append", default=[])
     for plugin in first.parse_known_args(arguments)[0].plugin:
         load_plugin(plugin)
-    # Without a name, or with a wrong one, it is the whole parser's to say so.
+    # A missing or unknown name is rejected later, by the full parser or by _check.
     chosen = next((word for word in arguments if word in names()), None)
     declared = options(chosen) if chosen else {}
-    parser = _Parser(
+    parser = Parser(
         prog="python -m attention_zoo",
         description=DESCRIPTION,
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_common(parser)
     if chosen:
@@ -111,7 +97,7 @@ def _parser(arguments: list[str]) -> tuple[_Parser, list[str]]:
     return parser, list(declared)
 
 
-def _add_options(parser: _Parser, name: str, declared: dict[str, Option]) -> None:
+def _add_options(parser: Parser, name: str, declared: dict[str, Option]) -> None:
     group = parser.add_argument_group(f"options of {name}")
     taken = {flag for action in parser._actions for flag in action.option_strings}
     for option in declared.values():
@@ -126,7 +112,7 @@ def _add_options(parser: _Parser, name: str, declared: dict[str, Option]) -> Non
         )  # fmt: skip
 
 
-def _add_common(parser: _Parser) -> None:
+def _add_common(parser: Parser) -> None:
     parser.add_argument("name", metavar="NAME", help=f"gallery, or one of: {', '.join(names())}")
     parser.add_argument("--image", metavar="FILE", help="a picture of yours (default: a photograph of Grace Hopper)")
     text = "row and column: whole pixels of the picture, or fractions of its sides if both are at most 1"
@@ -140,22 +126,22 @@ def _add_common(parser: _Parser) -> None:
     group.add_argument("--block", type=int, metavar="M", help="counted from 1 (default: 1)")
 
 
-def _check(given: argparse.Namespace) -> None:
-    if given.name not in (*names(), "gallery"):
-        raise InvalidOption(f"unknown attention {given.name!r}; valid: gallery, {', '.join(names())}")
-    trained = [f"--{flag}" for flag in ("weights", "model", "stage", "block") if getattr(given, flag) is not None]
-    if trained and given.name != "bra":
-        raise InvalidOption(f"{trained[0]} is about routes, which {given.name!r} has none of; valid: bra")
-    if given.weights is not None and given.model is None:
+def _check(args: argparse.Namespace) -> None:
+    if args.name not in (*names(), "gallery"):
+        raise InvalidOption(f"unknown attention {args.name!r}; valid: gallery, {', '.join(names())}")
+    trained = [f"--{flag}" for flag in ("weights", "model", "stage", "block") if getattr(args, flag) is not None]
+    if trained and args.name != "bra":
+        raise InvalidOption(f"{trained[0]} is about routes, which {args.name!r} has none of; valid: bra")
+    if args.weights is not None and args.model is None:
         raise InvalidOption(f"--weights needs --model; valid: {', '.join(MODELS)}")
-    if trained and given.weights is None:
+    if trained and args.weights is None:
         raise InvalidOption(f"{trained[0]} needs --weights, a checkpoint: without one, a model's routes are random")
-    if given.output is not None:
-        draw.check_format(given.output)
+    if args.output is not None:
+        receptive_field.check_format(args.output)
 
 
 def _pixel(text: str, picture: Float[Tensor, "3 h w"]) -> tuple[int, int]:
-    """The pixel that ``--query`` names."""
+    """The pixel given by ``--query``."""
     height, width = picture.shape[1:]
     valid = f"valid: two whole pixels Y,X from 0,0 to {height - 1},{width - 1}, or two fractions from 0 to 1"
     try:

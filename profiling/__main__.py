@@ -11,13 +11,15 @@ from typing import Any, get_args
 from rich.console import Console
 
 from attention_zoo import MODELS, InvalidOption, load_plugin, names, options
-from attention_zoo.options import argument_type
-from profiling import environment, isolation, page
-from profiling.arguments import Parser, integer, run_reporting
-from profiling.case import CHOICES, Case, available_impls
-from profiling.cell import FreedMemory, Job, breakdown, theory
-from profiling.cell import measure as measure_cell
-from profiling.rows import agree
+from attention_zoo.core.options import argument_type
+from profiling.cases.case import CHOICES, Case, available_impls
+from profiling.cli import result_page
+from profiling.cli.arguments import Parser, integer, run_reporting
+from profiling.execution import environment, subprocess_runner
+from profiling.execution.benchmark import Job, breakdown, process_options, static_analysis
+from profiling.execution.benchmark import measure as measure_cell
+from profiling.execution.cpu_allocator import FreedMemory
+from profiling.schema.row import agree
 
 EXAMPLES = """examples:
   python -m profiling --attention bra --height 56 --width 56 --n-win 7 --topk 4
@@ -27,58 +29,72 @@ EXAMPLES = """examples:
   python -m profiling --attention bra --help       the options of one attention
 """
 INVALID = f"{InvalidOption.__name__}: "
-"""How the reason of a cell begins that was refused for its options."""
+"""Prefix of the reason of a cell with invalid options."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status: 0, 1 if the configuration failed, 2 if the input is wrong."""
-    return run_reporting(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)), isolation.StartError)
+    return run_reporting(
+        lambda: _run(list(sys.argv[1:] if arguments is None else arguments)), subprocess_runner.StartError
+    )
 
 
 def _run(arguments: list[str]) -> int:
-    parser, declared = _parser(arguments)
-    given = parser.parse_args(arguments)
-    case = _case(given, {name: getattr(given, name) for name in declared if hasattr(given, name)})
+    args, job = _parsed(arguments)
+    case = job.case
     if reason := environment.check_device(case.device):
         raise InvalidOption(f"--device {case.device}: {reason}; valid here: cpu")
-    if given.trace and not _writable(Path(given.trace)):
-        raise InvalidOption(f"--trace {given.trace}: no permission to write there")
+    if args.trace and not _writable(Path(args.trace)):
+        raise InvalidOption(f"--trace {args.trace}: no permission to write there")
     with Console(stderr=True).status("measuring, in processes of its own"):
-        plugins = tuple(str(Path(p).resolve()) for p in given.plugin)
-        row, parts = _measure(Job(case, plugins, freed_memory=given.freed_memory), given.trace)
-    if given.json:
+        row, parts = _measure(job, args.trace)
+    if args.json:
         print(json.dumps(row | parts, indent=2))
     else:
-        page.show(case, row, parts, Console())
-        if given.trace and row["status"] == "ok":
-            print(f"Trace in {given.trace}, for https://ui.perfetto.dev or\nmake tensorboard DIR={given.trace}")
+        result_page.show(case, row, parts, Console())
+        if args.trace and row["status"] == "ok":
+            print(f"Trace in {args.trace}, for https://ui.perfetto.dev or\nmake tensorboard DIR={args.trace}")
             if case.device == "cuda":
                 print("Memory snapshot beside it, for https://docs.pytorch.org/memory_viz")
     return 0 if row["status"] == "ok" else 1
 
 
+def parse(arguments: list[str]) -> Job:
+    """Parse flags of ``python -m profiling`` into a job; InvalidOption if they are invalid."""
+    return _parsed(arguments)[1]
+
+
+def _parsed(arguments: list[str]) -> tuple[argparse.Namespace, Job]:
+    parser, declared = _parser(arguments)
+    args = parser.parse_args(arguments)
+    case = _case(args, {name: getattr(args, name) for name in declared if hasattr(args, name)})
+    plugins = tuple(str(Path(plugin).resolve()) for plugin in args.plugin)
+    return args, Job(case, plugins, freed_memory=args.freed_memory)
+
+
 def _measure(job: Job, trace: str | None) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    isolation.start()
-    # A step that needs more than is free ends as out of memory, before the system begins to kill.
+    subprocess_runner.start()
+    # A step that needs more than the free memory fails as out of memory before the OOM killer acts.
     memory = environment.available_bytes("cpu") if job.case.device == "cpu" else None
-    outcome = isolation.call(theory, job)
+    outcome = subprocess_runner.call(static_analysis, job)
     if outcome.reason.startswith(INVALID):
         raise InvalidOption(outcome.reason.removeprefix(INVALID))
     nothing: dict[str, list[dict[str, Any]]] = {"stages": [], "heaviest_operators": []}
     facts = environment.describe(job.case.device)
-    row: dict[str, Any] = job.case.who("profiling", facts["device_name"]) | facts
+    row: dict[str, Any] = job.case.key_columns("profiling", facts["device_name"]) | facts
     row |= outcome.value or {}
     row |= {"status": outcome.status, "reason": outcome.reason}
     if outcome.status == "ok":
-        outcome = isolation.call(measure_cell, job, memory=memory)
+        outcome = subprocess_runner.call(measure_cell, job, memory=memory, **process_options(job))
         row |= {"status": outcome.status, "reason": outcome.reason} | (outcome.value or {})
         row["macs_agree"] = agree(row.get("macs_analytic"), row["macs_counted"], row.get("macs_fvcore"))
         if job.case.compiled:
-            # What was predicted is the step as written; the compiler fuses some of it away.
+            # The prediction is for the uncompiled step; the compiler fuses part of it.
             row["memory_predicted_bytes"] = None
     if row["status"] != "ok":
         return row, nothing
-    profiled = isolation.call(breakdown, job, trace and str(Path(trace).resolve()), memory=memory)
+    folder = trace and str(Path(trace).resolve())
+    profiled = subprocess_runner.call(breakdown, job, folder, memory=memory, **process_options(job))
     if trace and profiled.status != "ok":
         raise OSError(f"--trace {trace}: {profiled.reason}")
     if profiled.status != "ok":
@@ -141,7 +157,7 @@ def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
 def _add_options(parser: Parser, chosen: argparse.Namespace) -> list[str]:
     declared = options("bra") if chosen.model else options(_name(chosen))
     if chosen.model:
-        # It has one per stage.
+        # A model has one topk per stage.
         del declared["topk"]
     whose = "bra inside the model" if chosen.model else _name(chosen)
     group = parser.add_argument_group(f"options of {whose}")
@@ -164,13 +180,13 @@ def _name(chosen: argparse.Namespace) -> str:
     return next((name for name in (chosen.block, chosen.attention) if name is not None), "bra")
 
 
-def _case(given: argparse.Namespace, chosen: dict[str, Any]) -> Case:
-    kind = "model" if given.model else "attention" if given.block is None else "block"
+def _case(args: argparse.Namespace, chosen: dict[str, Any]) -> Case:
+    kind = "model" if args.model else "attention" if args.block is None else "block"
     return Case(
-        given.model or _name(given), given.height, given.width,
-        None if given.model else given.dim, None if given.model else given.num_heads,
-        tuple(sorted(chosen.items())), kind, given.impl, given.mode, given.dtype, given.device,
-        given.batch, given.compiled, given.cuda_graph, given.deterministic, given.seed,
+        args.model or _name(args), args.height, args.width,
+        None if args.model else args.dim, None if args.model else args.num_heads,
+        tuple(sorted(chosen.items())), kind, args.impl, args.mode, args.dtype, args.device,
+        args.batch, args.compiled, args.cuda_graph, args.deterministic, args.seed,
     )  # fmt: skip
 
 

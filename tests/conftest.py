@@ -1,4 +1,4 @@
-"""What every test runs under: a fixed seed, and memory that nobody wrote full of NaN."""
+"""Fixtures for every test: a fixed seed, and uninitialised memory filled with NaN."""
 
 import os
 import sys
@@ -8,19 +8,25 @@ from typing import Any
 # Before PyTorch is loaded. Threads that spin while they wait make small tests ten times slower on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
 
-# Before Triton is loaded: without a GPU its kernels are interpreted. What is compiled for a CPU is none of Triton's.
+# make test-all runs the full number of examples.
+for profile, examples in (("quick", 25), ("full", 200)):
+    hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+# Before Triton is loaded: without a GPU its kernels are interpreted. Code compiled for a CPU does not use Triton.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tests compare with fp64, and not always under the settings of a workload.
 torch.backends.cudnn.allow_tf32 = False
 
-# A torch.device context remembers, at its first use, which functions make tensors: before they are replaced below.
+# A torch.device context caches the tensor constructors at its first use: enter one before they are replaced below.
 with torch.device("cpu"):
     torch.empty(0)
 
@@ -42,6 +48,19 @@ def pytest_configure(config: pytest.Config) -> None:
                 load_plugin(plugin)
         except InvalidOption as problem:
             raise pytest.UsageError(str(problem)) from problem
+
+
+MARKED_FIXTURES = {
+    "smoke": "slow", "cluster": "slurm", "shown": "notebooks", "answered": "slow", "tensorboard": "slow",
+    "report_page": "slow",
+}  # fmt: skip
+"""Slow fixtures, and the mark of the tests that use them. ``make test`` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture in set(MARKED_FIXTURES) & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKED_FIXTURES[fixture])
 
 
 def made(name: str, impl: str = "reference", *, dim: int, heads: int, **chosen: Any) -> nn.Module:
@@ -68,8 +87,8 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def registry_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take back what a test registers."""
-    from attention_zoo import registry
+    """Unregister the attentions that a test registers."""
+    from attention_zoo.core import registry
 
     before = set(sys.modules)
     monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
@@ -81,7 +100,7 @@ def registry_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Without the checks: a wrong value reaches the code that refuses it, and a tracer may pass sizes as tensors."""
+    """Disable the checks: a wrong value reaches the code that rejects it, and a tracer may pass sizes as tensors."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -89,7 +108,7 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill uninitialised floating-point tensors with NaN, so that a read of what nobody wrote shows."""
+    """Fill uninitialised floating-point tensors with NaN, so that reading them is detected."""
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),

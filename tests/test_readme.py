@@ -1,34 +1,31 @@
-"""What the pages say is true: links resolve, examples run, tables and numbers are those of the results."""
+"""The pages are correct: links resolve, examples run, tables and numbers match the results."""
 
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from ablations import table
-from ablations.command import EXAMPLES as RUN_ALL
-from ablations.command import _parse as parse_run_all
+from ablations.analysis import readme_table
+from ablations.cli.run_all import EXAMPLES as RUN_ALL
+from ablations.cli.run_all import _parse as parse_run_all
 from attention_zoo import InvalidOption, build, get, load_plugin, names, options
-from notebooks import speed
-from notebooks.limits import crossing
+from notebooks.lib.limits import crossing
+from notebooks.tables import speed
 from profiling.__main__ import EXAMPLES as PROFILING
 from profiling.__main__ import _parser
-from profiling.replicates import typical
-from profiling.rows import load
+from profiling.schema.replicates import aggregate_replicates
+from profiling.schema.row import load
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "profiling/README.md",
     "results/README.md",
-    "ablations/CAMPAIGN.md",
+    "ablations/slurm/README.md",
     *(f"notebooks/{p.name}" for p in ROOT.glob("notebooks/*.ipynb")),
 ]
 
@@ -56,11 +53,11 @@ def test_there_are_links_to_check() -> None:
 
 
 def test_the_table_of_attentions_is_fresh() -> None:
-    assert table.markdown(ROOT / "results") in README, "mend it with: python -m ablations table README.md"
+    assert readme_table.markdown(ROOT / "results") in README, "mend it with: python -m ablations table README.md"
 
 
-def test_the_table_tells_of_every_attention() -> None:
-    shown = table.markdown(ROOT / "results").splitlines()
+def test_table_lists_every_attention() -> None:
+    shown = readme_table.markdown(ROOT / "results").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown if line.startswith("| `")]
     assert {row[0].split("`")[1] for row in cells} == set(names())
     for name, attends_to, impls, power, macs, memory, source in cells:
@@ -74,58 +71,73 @@ def test_the_table_tells_of_every_attention() -> None:
 
 def test_the_numbers_of_the_table_are_in_the_results() -> None:
     rows = load(ROOT / "results/intel-xeon-2-threads/complexity.csv")
-    full = rows[(rows["name"] == "full") & (rows["mode"] == "forward_backward") & (rows["height"] == table.GRID)].iloc[
-        0
-    ]
+    full = rows[
+        (rows["name"] == "full") & (rows["mode"] == "forward_backward") & (rows["height"] == readme_table.GRID)
+    ].iloc[0]
     line = next(line for line in README.splitlines() if line.startswith("| `full`"))
     assert f"| {full['macs_counted'] / 1e9:.0f} G | {full['memory_predicted_bytes'] / 2**30:.1f} GiB |" in line
 
 
 def test_the_table_is_put_between_its_comments_and_nowhere_else(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
-    assert table.rewrite(page, ROOT / "results") and not table.rewrite(page, ROOT / "results")
+    page.write_text(f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n")
+    assert readme_table.rewrite(page, ROOT / "results") and not readme_table.rewrite(page, ROOT / "results")
     text = page.read_text()
-    assert text.startswith(f"before\n{table.BEGIN}\n\n| name |") and text.endswith(f"\n{table.END}\nafter\n")
+    assert text.startswith(f"before\n{readme_table.BEGIN}\n\n| name |") and text.endswith(
+        f"\n{readme_table.END}\nafter\n"
+    )
     assert "old" not in text
     page.write_text("no table here\n")
     with pytest.raises(InvalidOption, match="no place for the table"):
-        table.rewrite(page, ROOT / "results")
+        readme_table.rewrite(page, ROOT / "results")
     assert page.read_text() == "no table here\n"
     with pytest.raises(InvalidOption, match=r"python run_all\.py --only complexity"):
-        table.markdown(tmp_path)
+        readme_table.markdown(tmp_path)
 
 
 def test_the_finding_is_in_the_results() -> None:
-    rows = typical(load(ROOT / "results/intel-xeon-2-threads/resolution.csv"))
+    rows = aggregate_replicates(load(ROOT / "results/intel-xeon-2-threads/resolution.csv"))
     steps = rows[rows["mode"] == "forward_backward"].set_index("height").sort_index()
-    told = " ".join(README.split())
+    message = " ".join(README.split())
     for name, words in (("full", "with full attention"), ("bra", "with BRA as published")):
         curve = steps.loc[steps["name"] == name, "memory_predicted_bytes"].astype(float)
         side = crossing(curve, 24 * 2**30).side
-        stated = re.search(rf"near (\d+) x \1 (?:tokens )?{words}", told)
+        stated = re.search(rf"near (\d+) x \1 (?:tokens )?{words}", message)
         assert stated and side == pytest.approx(int(stated[1]), rel=0.03)
-    assert "windows still fit at 1024 x 1024" in told
+    assert "windows still fit at 1024 x 1024" in message
     assert (steps.loc[steps["name"] == "window", "memory_predicted_bytes"].loc[1024] < 24 * 2**30).all()
     timed = rows[rows["status"] == "ok"]
-    assert "within 0.01 % of the peak measured there" in told
+    assert "within 0.01 % of the peak measured there" in message
     assert ((timed["memory_predicted_bytes"] / timed["memory_peak_bytes"] - 1).abs() < 1e-4).all()
 
 
-def test_the_speed_of_bra_is_in_the_results() -> None:
-    told = " ".join(README.split())
-    means = re.search(r"(\S+)x as fast as the published method forward and (\S+)x in training on .* AMD EPYC", told)
-    memory = re.search(r"with 1/(\S+) and 1/(\S+) of its memory, and slower at none", told)
-    older = re.search(r"an earlier version of it was (\S+)x and (\S+)x as fast on an Intel", told)
-    assert means and memory and older
-    for folder, column, stated in (
-        ("amd-epyc", speed.TIME, means), ("amd-epyc", speed.MEMORY, memory), ("intel-xeon", speed.TIME, older),
-    ):  # fmt: skip
-        rows = typical(load(ROOT / f"results/{folder}-2-threads/bra_speed.csv"))
+def test_the_speed_of_bra_on_a_cpu_is_in_the_results() -> None:
+    message = " ".join(README.split())
+    means = re.search(r"EPYC in fp32, `sdpa` is (\S+)x as fast as the published method forward and (\S+)x", message)
+    memory = re.search(r"with 1/(\S+) and 1/(\S+) of its memory", message)
+    assert means and memory
+    rows = aggregate_replicates(load(ROOT / "results/amd-epyc-2-threads/bra_speed.csv"))
+    for column, stated in ((speed.TIME, means), (speed.MEMORY, memory)):
         for mode, words in zip(("forward", "forward_backward"), stated.groups(), strict=True):
             eight = speed.of_the_eight(speed.ratios(speed.wide(rows[rows["mode"] == mode], column)))["sdpa"]
             assert len(eight) == 8 and eight.min() > 1
             assert speed.geometric_mean(eight) == pytest.approx(float(words), rel=0.025)
+
+
+def test_the_speed_of_bra_on_a_gpu_is_in_the_results() -> None:
+    stated = re.search(
+        r"kernels are (\S+)x to (\S+)x as fast forward and (\S+)x to (\S+)x in training", " ".join(README.split())
+    )
+    assert stated
+    rows = load(ROOT / "results/nvidia-h100-80gb-hbm3/bra_speed.csv")
+    result = []
+    for mode in ("forward", "forward_backward"):
+        ratios = speed.ratios(speed.wide(rows[(rows["mode"] == mode) & (rows["dtype"] == "bf16")], speed.DEVICE_TIME))
+        eight = ratios.xs(1, level="batch").dropna(subset="triton" + speed.GRAPH)
+        triton, pregathered = (eight[name + speed.GRAPH] for name in ("triton", "pre-gathered"))
+        assert len(triton) == 8 and (triton > pregathered).all()
+        result += [triton.min(), triton.max()]
+    assert [f"{ratio:.1f}" for ratio in result] == list(stated.groups())
 
 
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -169,26 +181,3 @@ def test_run_all_commands_parse(page: str) -> None:
     assert len(commands) >= 3
     for command in commands:
         parse_run_all(command.strip().split("  ")[0].split())
-
-
-def test_the_recommendation_is_what_the_command_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for memory, of which the scratch of kernels differs a little from machine to machine."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("COLUMNS", "80")
-    (block,) = re.findall(r"```\n\$ python -m ablations (recommend .*?)```", README, re.DOTALL)
-    command, shown = re.fullmatch(r"((?:[^\n]*\\\n)*[^\n]*)\n(.*)", block, re.DOTALL).groups()  # type: ignore[union-attr]
-    # As a user would run it: the interpreter of the tests would let Triton's kernels run on a CPU.
-    words, plain = (
-        shlex.split(command.replace("\\\n", " ")),
-        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-    )
-    done = subprocess.run([sys.executable, "-m", "ablations", *words], capture_output=True, text=True, env=plain)
-    assert done.returncode == 0, done.stderr
-    told = [line.rstrip() for line in done.stdout.strip().splitlines()]
-    memory = re.compile(r"([\d.,]+) ([KMGT]iB)")
-    mended = f"paste the output of: python -m ablations {command}"
-    assert [memory.sub("_", line).split() for line in told] == [
-        memory.sub("_", line).split() for line in shown.strip().splitlines()
-    ], mended
-    for here, there in zip(memory.findall("\n".join(told)), memory.findall(shown), strict=True):
-        assert here[1] == there[1] and float(here[0]) == pytest.approx(float(there[0]), rel=0.1), mended

@@ -1,4 +1,4 @@
-"""What campaigns are tried with: cells that work, crash, take their task with them, or take their time."""
+"""Cells for tests of campaigns: they work, crash, kill their task, or are slow."""
 
 import os
 import signal
@@ -51,7 +51,7 @@ class Flaky(Linear):
 
 @register("task_killer")
 class Killer(Linear):
-    """Kills the process that runs the cells: its parent is the server it was forked from, and that one's the task."""
+    """Kills the task, which is the grandparent process: the parent is the fork server."""
 
     def act(self) -> None:
         task = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[1])
@@ -61,7 +61,7 @@ class Killer(Linear):
 
 @register("task_slow")
 class Slow(Linear):
-    """Takes its time, once, so that something can happen meanwhile."""
+    """Is slow once, so that the test can interfere meanwhile."""
 
     def act(self) -> None:
         time.sleep(0.5)

@@ -1,6 +1,6 @@
-"""Attentions that go wrong, each in one way, beside one that does not.
+"""Attentions with one fault each, and one without.
 
-Most go wrong on real tensors only, so that counting and predicting, which run on shapes alone, succeed.
+Most fail on real tensors only, so that counting and predicting, which run on shapes alone, succeed.
 """
 
 import signal
@@ -24,7 +24,7 @@ class Faulty(nn.Module):
         return self.mix(x)
 
     def go_wrong(self) -> None:
-        """Do what the class is there for."""
+        """Trigger the fault of the class."""
 
 
 @register("fault_none")
@@ -34,7 +34,7 @@ class Healthy(Faulty):
 
 @register("fault_segfault")
 class Segfault(Faulty):
-    """Reads what is not its own."""
+    """Reads memory that it does not own."""
 
     def go_wrong(self) -> None:
         signal.raise_signal(signal.SIGSEGV)
@@ -95,7 +95,7 @@ class WrongOutput(Wrong):
 
 @register("fault_gradient")
 class WrongGradient(Wrong):
-    """Right forward, and nothing flows back through half of the output."""
+    """Correct forward; half of the output has no gradient."""
 
     def fast(self, x: Tensor, out: Tensor) -> Tensor:
         kept, cut = out.chunk(2, dim=-1)
@@ -104,7 +104,7 @@ class WrongGradient(Wrong):
 
 @register("fault_no_gradient")
 class NoGradient(Wrong):
-    """Right forward, and the weights get no gradient at all."""
+    """Correct forward; the weights get no gradient."""
 
     def fast(self, x: Tensor, out: Tensor) -> Tensor:
         return out.detach() + 0 * x
@@ -112,7 +112,7 @@ class NoGradient(Wrong):
 
 @register("fault_without_gradients")
 class WrongWithoutGradients(Wrong):
-    """Right, with its gradients, and something else where none are asked for."""
+    """Correct with gradients, and wrong where none are required."""
 
     def fast(self, x: Tensor, out: Tensor) -> Tensor:
         return out if torch.is_grad_enabled() else 1.001 * out
@@ -166,7 +166,7 @@ class SaysNonsense(Faulty):
 
 @register("fault_names")
 class Names(Faulty):
-    """Calls its options as the suite calls columns of its own, and flags."""
+    """Has options with the names of the suite's columns and flags."""
 
     def __init__(self, dim: int, num_heads: int, *, topk: float = 0.5, status: str = "new", shift: int = -1) -> None:
         super().__init__(dim, num_heads)

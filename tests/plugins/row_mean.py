@@ -1,9 +1,9 @@
-"""A full member of the zoo in one file outside of it: all that the contract asks for, and an option."""
+"""A full member of the zoo in one file outside of it: everything that the contract requires, and an option."""
 
 from torch import nn
 
 from attention_zoo import register
-from attention_zoo.contract import Attention, Macs
+from attention_zoo.core.base import Attention, Macs
 
 
 @register("row_mean")

@@ -1,0 +1,54 @@
+"""Convert result files of an older schema, in place: ``python -m ablations convert DIR``.
+
+Columns are renamed and dropped according to ``RENAMED`` and ``DROPPED`` of :mod:`profiling.schema.row`. A missing
+column is added empty. Cells are copied as text, so that no number changes.
+"""
+
+import csv
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from profiling.schema.row import COLUMNS, DROPPED, KEY, RENAMED, SchemaError, load
+
+
+def convert(path: Path) -> bool:
+    """Convert one file; returns whether it was of an older schema.
+
+    The new file is validated by the schema, then replaces the old one atomically.
+
+    Raises:
+        SchemaError: it holds other columns too, or a value that the schema does not allow.
+    """
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    if tuple(header) == COLUMNS:
+        return False
+    names = [RENAMED.get(name, name) for name in header]
+    if unknown := sorted(set(names) - {*COLUMNS, *DROPPED}):
+        raise SchemaError(f"{path} holds columns that no schema of this suite had: {', '.join(unknown)}")
+    concurrent = path.with_suffix(".tmp")
+    try:
+        with concurrent.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            for row in rows:
+                cells = dict(zip(names, row, strict=True))
+                writer.writerow([cells.get(name, "") for name in COLUMNS])
+            file.flush()
+            os.fsync(file.fileno())
+        load(concurrent)
+        concurrent.replace(path)
+    finally:
+        concurrent.unlink(missing_ok=True)
+    return True
+
+
+def result_files(path: Path) -> Iterator[Path]:
+    """Yield a results CSV, or those in a folder and its subfolders, of any schema version."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*.csv")):
+        if not file.is_file():
+            continue
+        with file.open(errors="replace") as lines:
+            if lines.readline().startswith(f"{KEY[0]},{KEY[1]},"):
+                yield file

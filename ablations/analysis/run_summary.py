@@ -1,0 +1,93 @@
+"""Summary at the end of a run: cells by status, files written, main findings, and an HTML report."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from ablations.harness.local_runner import Report
+from profiling.schema.replicates import aggregate_replicates
+from profiling.schema.row import load
+
+MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def show(report: Report, seconds: float) -> None:
+    """Print the summary of a run to stdout."""
+    ran = ", ".join(f"{count} {status}" for status, count in sorted(report.statuses.items())) or "nothing new"
+    skipped = f"; {report.skipped} were there already" if report.skipped else ""
+    print(f"\nCells: {ran}{skipped}. {seconds:.0f} s.")
+    if report.left:
+        print(f"Time limit reached; {report.left} cells not started. The same command without --fresh resumes.")
+    print("Files:")
+    for path in report.files:
+        print(f"  {path}")
+    result = findings(aggregate_replicates(load(*report.files)))
+    if result:
+        print("Findings:")
+        for finding in result:
+            print(f"  - {finding}")
+    write_page(report.folder)
+
+
+def write_page(folder: Path) -> None:
+    """Write report.html into the folder; print its path, or on stderr why there is none.
+
+    It runs in its own process: the page is drawn by the notebooks' code, which nothing here imports.
+    """
+    command = [sys.executable, "-m", "notebooks.report", str(folder.resolve())]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True)
+    if done.returncode == 0:
+        print(f"Report: {folder / 'report.html'}")
+    else:
+        why = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        cure = "; it needs pip install '.[notebooks]'" if why.startswith("ModuleNotFoundError") else ""
+        print(f"No report.html: {why}{cure}", file=sys.stderr)
+
+
+def findings(rows: pd.DataFrame) -> list[str]:
+    """Return up to three sentences, each computed from the rows; fewer if the rows do not suffice."""
+    return [sentence for find in (_memory_limit, _topk, _models) if (sentence := find(rows))]
+
+
+def _memory_limit(rows: pd.DataFrame) -> str | None:
+    cells = rows[(rows["sweep"] == "resolution") & (rows["mode"] == "forward_backward")]
+    grids = sorted(cells["height"].unique())
+    pairs = cells.pivot_table(index="height", columns="name", values="memory_predicted_bytes", aggfunc="first")
+    if not {"full", "bra", "window"} <= set(pairs.columns) or not grids:
+        return None
+    top = pairs.loc[grids[-1]] / 2**30
+    return (
+        f"At {grids[-1]} x {grids[-1]} tokens a training step needs {top['window']:,.1f} GiB with window attention, "
+        f"{top['bra']:,.0f} GiB with BRA as published and {top['full']:,.0f} GiB with full attention (predicted)."
+    )
+
+
+def _topk(rows: pd.DataFrame) -> str | None:
+    cells = _measured(rows, "topk")
+    cells = cells[cells["n_win"] == "7"]
+    if cells["topk"].nunique() < 2:
+        return None
+    by_topk = cells.groupby("topk")[["latency_p50_ms", "macs_counted"]].median()
+    low, high = by_topk.index.min(), by_topk.index.max()
+    time, macs = (by_topk.loc[high, column] / by_topk.loc[low, column] for column in by_topk.columns)
+    return f"BRA with topk {high} instead of {low} (n_win 7) takes {time:.1f}x the time for {macs:.1f}x the MACs."
+
+
+def _measured(rows: pd.DataFrame, sweep: str) -> pd.DataFrame:
+    return rows[(rows["sweep"] == sweep) & (rows["mode"] == "forward") & (rows["status"] == "ok")]
+
+
+def _models(rows: pd.DataFrame) -> str | None:
+    cells = _measured(rows, "models")
+    cells = cells[cells["height"] == 224]
+    if cells.empty:
+        return None
+    parts = [
+        f"{name.replace('biformer_', '')} {row['macs_counted'] / 1e9:.2f} G MACs in {row['latency_p50_ms']:.0f} ms"
+        for name, row in cells.groupby("name").first().iterrows()
+    ]
+    return f"BiFormer at 224 x 224, batch 1: {', '.join(parts)}."

@@ -1,0 +1,1 @@
+"""Measurements for a few minutes of GPU time, the most valuable first."""

@@ -1,0 +1,1 @@
+"""Run the cases of sweeps on this machine and store their rows."""

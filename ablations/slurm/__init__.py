@@ -1,0 +1,1 @@
+"""A run spread over the nodes of a Slurm cluster."""

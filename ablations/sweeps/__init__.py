@@ -1,0 +1,1 @@
+"""The sweeps: one file each, a question and its axes."""

@@ -1,0 +1,1 @@
+"""The registered attentions: one file or package each, with the registered name."""

@@ -1,0 +1,76 @@
+"""Multi-axis attention: within windows, then within a sparse grid that spans the image."""
+
+from typing import Annotated
+
+from jaxtyping import Float
+from torch import Tensor
+
+from attention_zoo.attentions.window import WindowAttention
+from attention_zoo.core.base import Attention, Impl, Macs
+from attention_zoo.core.options import Range
+from attention_zoo.core.registry import register
+from attention_zoo.ops.token_partition import TokenPartition
+
+AtLeast2 = Annotated[int, Range(2)]
+
+
+class GridAttention(WindowAttention):
+    """Attention among window_size x window_size tokens spread evenly over a grid of any size.
+
+    Along each axis of length L the tokens of a group are ceil(L / window_size) apart. Where window_size does
+    not divide L, some groups have fewer tokens; their padding is masked.
+    """
+
+    def groups(self, height: int, width: int) -> TokenPartition:
+        size = self.window_size
+        return TokenPartition(height, width, (size, size), dilation=(-(-height // size), -(-width // size)))
+
+
+@register("block_grid")
+class BlockGridAttention(Attention):
+    """Two attention layers in sequence: within windows (block attention), then within a sparse grid.
+
+    Each layer has its own projections and relative position bias, as published. The publication adds a residual
+    and an MLP after each layer and a convolution block before both. Those belong to the surrounding block, so
+    here the layers are applied directly in sequence, as in ``axial``.
+
+    Args:
+        window_size: tokens per side of a window, at least 2 (the publication's P).
+        grid_size: tokens per side of the sparse grid, at least 2 (the publication's G).
+        relative_position_bias: add a learned bias per head and relative position, in both layers.
+        qkv_bias: whether the qkv projections have a bias.
+    """
+
+    attends_to = "its window, then a sparse grid"
+    citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022 (Max-SA: block, then grid attention)"
+    impls = ("reference", "sdpa")
+    exponent = 1
+    minimal_options = {"window_size": 2, "grid_size": 2}
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        impl: Impl = "auto",
+        *,
+        window_size: AtLeast2 = 7,
+        grid_size: AtLeast2 = 7,
+        relative_position_bias: bool = True,
+        qkv_bias: bool = True,
+    ) -> None:
+        super().__init__(dim, num_heads, impl)
+        shared = {"relative_position_bias": relative_position_bias, "qkv_bias": qkv_bias}
+        self.block = WindowAttention(dim, num_heads, impl, window_size=window_size, **shared)
+        self.grid = GridAttention(dim, num_heads, impl, window_size=grid_size, **shared)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return self.grid(self.block(x))
+
+    def grid_multiple(self, height: int, width: int) -> int:
+        return self.block.window_size
+
+    def macs(self, height: int, width: int) -> Macs:
+        return self.block.macs(height, width) + self.grid.macs(height, width)
+
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
+        return self.block.kv_tokens_per_query(height, width) + self.grid.kv_tokens_per_query(height, width)

@@ -1,0 +1,47 @@
+"""Full attention: every token attends to every token of its image."""
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attention_zoo.core.base import Attention, Impl, Macs
+from attention_zoo.core.registry import register
+from attention_zoo.ops.softmax_attention import merge_heads, softmax_attention, split_heads
+
+
+@register("full")
+class FullAttention(Attention):
+    """Multi-head self-attention over the whole grid, scaled by head_dim ** -0.5; the Block's topk = -1.
+
+    Args:
+        qkv_bias: whether the qkv projection has a bias (the published Block has none).
+        impl: ``reference`` materialises the attention matrix, ``sdpa`` is PyTorch's fused attention.
+    """
+
+    attends_to = "every token"
+    citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1 (scaled dot-product attention)"
+    impls = ("reference", "sdpa")
+    exponent = 2
+
+    def __init__(self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = False) -> None:
+        super().__init__(dim, num_heads, impl)
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        return self.proj(self._mix(x))
+
+    def _mix(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        height = x.shape[1]
+        tokens = rearrange(x, "b h w c -> b (h w) c")
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(tokens).chunk(3, dim=-1))
+        out = softmax_attention(q, k, v, self.scale, impl=self.chosen_impl(x))
+        return rearrange(merge_heads(out), "b (h w) c -> b h w c", h=height)
+
+    def macs(self, height: int, width: int) -> Macs:
+        n = height * width
+        return Macs(projection=4 * n * self.dim**2, attention=2 * n**2 * self.dim)
+
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
+        return height * width

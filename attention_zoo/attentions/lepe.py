@@ -1,0 +1,49 @@
+"""Full attention with a locally-enhanced position encoding of its input."""
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attention_zoo.attentions.full import FullAttention
+from attention_zoo.core.base import Impl, InvalidOption, Macs
+from attention_zoo.core.options import AtLeast0
+from attention_zoo.core.registry import register
+
+
+@register("lepe")
+class LePEAttention(FullAttention):
+    """Full attention plus a depthwise convolution of its input, before the output projection; topk = -2.
+
+    LePE was published as a convolution of the values (CSWin: softmax(q k^T / sqrt(d)) v + DWConv(v)). The published
+    Block convolves the attention's input instead, as does this class.
+
+    Args:
+        side_dwconv: kernel of the depthwise convolution, odd; 0: none.
+    """
+
+    attends_to = "every token, plus a local convolution"
+    citation = "Dong et al., CSWin Transformer, CVPR 2022 (LePE); BiFormer's Block applies it to the input"
+    minimal_options = {"side_dwconv": 3}
+
+    def __init__(
+        self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = False, side_dwconv: AtLeast0 = 5
+    ) -> None:
+        super().__init__(dim, num_heads, impl, qkv_bias=qkv_bias)
+        self.lepe = depthwise(dim, side_dwconv, "side_dwconv") if side_dwconv else None
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        out = self._mix(x)
+        if self.lepe is not None:
+            out = out + rearrange(self.lepe(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
+        return self.proj(out)
+
+    def macs(self, height: int, width: int) -> Macs:
+        kernel = 0 if self.lepe is None else self.lepe.kernel_size[0]
+        return super().macs(height, width) + Macs(local_conv=height * width * self.dim * kernel**2)
+
+
+def depthwise(channels: int, kernel: int, option: str) -> nn.Conv2d:
+    """A depthwise convolution that keeps the grid's size; InvalidOption (naming ``option``) for an even kernel."""
+    if kernel % 2 == 0:
+        raise InvalidOption(f"{option}={kernel} is even and would change the grid's size; valid: 0 or an odd integer")
+    return nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)

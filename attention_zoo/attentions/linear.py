@@ -1,0 +1,52 @@
+"""Linear attention: a product of feature maps replaces the softmax, and keys are summed once for all queries.
+
+Shape legend: b batch, m heads, n tokens, d channels of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from attention_zoo.core.base import Attention, Impl, Macs
+from attention_zoo.core.registry import register
+from attention_zoo.ops.softmax_attention import merge_heads, split_heads
+
+
+@register("linear")
+class LinearAttention(Attention):
+    """Attention with weights phi(q) . phi(k), phi(x) = elu(x) + 1: a control whose cost is linear in tokens.
+
+    As published, the feature map is applied to unscaled queries and keys. The denominator is clamped to the smallest
+    normal number; the published code adds 1e-6 instead.
+
+    Args:
+        qkv_bias: whether the qkv projection has a bias (the published layer has one).
+    """
+
+    attends_to = "a summary of all tokens"
+    citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020 (linearised attention, feature map elu + 1)"
+    impls = ("reference",)
+    exponent = 1
+
+    def __init__(self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = True) -> None:
+        super().__init__(dim, num_heads, impl)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        tokens = rearrange(x, "b h w c -> b (h w) c")
+        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(tokens).chunk(3, dim=-1))
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+        summary: Float[Tensor, "b m d d"] = k.transpose(-2, -1) @ v
+        total: Float[Tensor, "b m n 1"] = q @ k.sum(dim=-2)[..., None]
+        out = q @ summary / total.clamp_min(torch.finfo(total.dtype).tiny)
+        return self.proj(rearrange(merge_heads(out), "b (h w) c -> b h w c", h=x.shape[1]))
+
+    def macs(self, height: int, width: int) -> Macs:
+        n = height * width
+        return Macs(projection=4 * n * self.dim**2, attention=n * self.dim * (2 * self.dim // self.num_heads + 1))
+
+    def kv_tokens_per_query(self, height: int, width: int) -> float | int:
+        return height * width

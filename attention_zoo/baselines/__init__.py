@@ -1,0 +1,1 @@
+"""Baselines for comparison, which are not attentions of the zoo."""

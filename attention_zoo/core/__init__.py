@@ -1,0 +1,1 @@
+"""The interface of an attention, and the registry."""

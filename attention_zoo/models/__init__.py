@@ -1,0 +1,1 @@
+"""Blocks and whole models that take any registered attention."""

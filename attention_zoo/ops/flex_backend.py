@@ -1,0 +1,31 @@
+"""PyTorch's FlexAttention, compiled, and the limits of its kernels."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention.flex_attention import flex_attention
+
+SMALLEST_HEAD = 16
+
+
+@cache
+def compiled() -> Callable[..., Tensor]:
+    """``flex_attention`` as one kernel."""
+    # Uncompiled FlexAttention silently materialises all scores of the grid; fullgraph forbids that fallback.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def unsupported(x: Tensor, head_dim: int, gradients: bool) -> str | None:
+    """Why FlexAttention's kernels cannot run on ``x``, with ``gradients`` or without; None if they can."""
+    if isinstance(x, FakeTensor):
+        return "what FlexAttention's kernels allocate cannot be followed on shapes alone"
+    if gradients and not x.is_cuda:
+        return f"FlexAttention has no backward pass on {x.device.type}; valid there: steps under torch.no_grad()"
+    if x.dtype == torch.float64:
+        return "FlexAttention's kernels do not run in fp64"
+    if x.is_cuda and head_dim < SMALLEST_HEAD:
+        return f"FlexAttention needs at least {SMALLEST_HEAD} channels per head, not {head_dim}"
+    return None

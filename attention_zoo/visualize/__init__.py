@@ -1,0 +1,1 @@
+"""Figures of the receptive field of a query and of the regions BRA routes it to."""

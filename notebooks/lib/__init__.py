@@ -1,0 +1,1 @@
+"""Loading results, style, and saving."""

@@ -1,0 +1,1 @@
+"""Execution of a case: processes, limits, the machine."""

@@ -1,0 +1,151 @@
+"""Provenance of the measurements: device, software, state of this repository."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def device_name(device: str) -> str:
+    """The device's own name; for a CPU, with the number of threads PyTorch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{_cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder name."""
+    unmodified = re.sub(r"\((r|tm)\)|cpu|processor|@.*ghz", " ", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", unmodified).strip("-")
+
+
+def available_bytes(device: str) -> int:
+    """Memory that a cell may use: free memory of the GPU, or of the machine within its control group."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    meminfo = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/meminfo").read_text())) if _linux() else {}
+    free = int(meminfo.get("MemAvailable", 0)) * 1024 or 8 << 30
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
+        free = min(free, limit - used)
+    return free
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The provenance columns of a row, except those that differ between cells."""
+    commit, dirty = _repository()
+    cuda = device == "cuda"
+    return {
+        "device_name": device_name(device),
+        "threads": torch.get_num_threads(),
+        "driver": _driver() if cuda else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "commit": commit,
+        "dirty": dirty,
+    }
+
+
+def gpu_state() -> dict[str, Any]:
+    """Clock, temperature, throttling and other processes of the GPU, as columns; empty where NVML cannot be read."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties().uuid}")
+        reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+        # Running at the power limit is normal for a GPU under such a load.
+        harmless = (
+            pynvml.nvmlClocksThrottleReasonGpuIdle
+            | pynvml.nvmlClocksThrottleReasonApplicationsClocksSetting
+            | pynvml.nvmlClocksThrottleReasonSwPowerCap
+        )
+        running = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
+        others = [pid for pid in running if not _of_this_run(pid)]
+        return {
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+            "throttled": bool(reasons & ~harmless),
+            # In a container, NVML may report PIDs that are invalid there, including this process's.
+            "foreign_processes": len(others) if os.getpid() in running else None,
+        }
+    except Exception:  # NVML is optional: the measurement is valid without it.
+        return {}
+
+
+def _of_this_run(pid: int) -> bool:
+    """Whether a process was forked from the same server as this one."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getppid()
+    except (OSError, ValueError):
+        return pid == os.getpid()
+
+
+def check_device(device: str) -> str | None:
+    """Why ``device`` cannot be used here, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is available to this PyTorch"
+    return None
+
+
+@cache
+def _repository() -> tuple[str | None, bool | None]:
+    if (args := _given_commit(os.environ))[0]:
+        return args
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    try:
+        # Exclude results: a run writes them, and they do not affect measurements.
+        return git("rev-parse", "--short=12", "HEAD"), bool(git("status", "--porcelain", "--", ".", ":!results"))
+    except (OSError, subprocess.SubprocessError):
+        return args
+
+
+def _given_commit(variables: Mapping[str, str]) -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of a copy outside its repository: VISION_ATTENTION_COMMIT, _DIRTY (0 or 1)."""
+    commit, dirty = (variables.get(f"VISION_ATTENTION_{what}") or None for what in ("COMMIT", "DIRTY"))
+    return commit, None if dirty is None else dirty != "0"
+
+
+def _cpu_model() -> str:
+    if _linux():
+        result = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if result:
+            return " ".join(result.group(1).split())
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _linux() -> bool:
+    return os.path.exists("/proc/meminfo")

@@ -1,0 +1,1 @@
+"""One file per quantity that is measured, counted or predicted."""

@@ -1,0 +1,229 @@
+"""Correctness: output and every gradient of an implementation against the reference in fp64.
+
+The tolerance is a multiple of the reference's own error in the cell's dtype, so no threshold is chosen per dtype,
+size or attention.
+
+In a routing attention, rounding can change routes, which causes far larger errors. So the references use the
+implementation's routes, and the share of routes that fp64 would choose differently is checked separately.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attention_zoo import Attention, Unsupported
+from profiling.cases.case import Case
+from profiling.cases.workload import Workload
+
+ROOM = 4.0
+"""Allowed multiple of the reference's own error, since an implementation sums in another order."""
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+"""Lower bound for the reference's own error, which can be smaller by chance or by pairwise summation."""
+FEW_FLIPPED = 0.02
+"""Share of routes that may differ from fp64's because of near ties, in addition to ROOM times the reference's own
+share. Two routes may always differ, since a share of few routes is not informative."""
+MOST_FLIPPED = 0.1
+"""Upper bound of that share, unless the reference's own share is larger."""
+LARGEST_TOKENS = 64 * 64
+"""A larger grid is checked at a smaller size of the same shape, and a large batch in part, so that the fp64 reference
+fits."""
+
+
+Routes = dict[str, tuple[Tensor, Tensor]]
+"""Per routing module, by name: the regions that each region chooses, and their weights."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The largest relative error, where it was found, and the error allowed there.
+
+    Attributes:
+        flipped: share of the routes that fp64 would choose differently; None without routing.
+        flips_allowed: maximum of ``flipped``.
+    """
+
+    error: float
+    tolerance: float
+    where: str
+    flipped: float | None = None
+    flips_allowed: float = 1.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether error and flipped routes are within their limits; a non-finite error is not."""
+        return math.isfinite(self.error) and self.error <= self.tolerance and not self._flips_too_much
+
+    @property
+    def share(self) -> float:
+        """The larger of error / tolerance and flipped routes / allowed flips."""
+        return max(self.error / self.tolerance, (self.flipped or 0.0) / self.flips_allowed)
+
+    @property
+    def reason(self) -> str:
+        """Why the check failed, if not ok."""
+        if self._flips_too_much:
+            return f"{self.flipped:.2g} of its routes are not those of fp64; {self.flips_allowed:.2g} may differ"
+        return f"{self.where} is off by {self.error:.2g}"
+
+    @property
+    def _flips_too_much(self) -> bool:
+        return self.flipped is not None and self.flipped > self.flips_allowed
+
+
+def check(case: Case) -> Agreement | None:
+    """Compare the case's implementation with the fp64 reference; None for the unmodified reference itself.
+
+    Both modes check the gradients too, to detect a wrong backward pass. A forward case is checked again without
+    gradients, as it is timed. Without a backward pass, only this second check runs.
+    """
+    as_it_is = not (case.compiled or case.cuda_graph)
+    if case.impl == "reference" and as_it_is:
+        return None
+    height, width = _small_grid(case)
+    batch = min(case.batch, max(2, LARGEST_TOKENS // (height * width)))
+    small = replace(case, mode="forward_backward", height=height, width=width, batch=batch)
+    fast = small.workload(case.device)
+    try:
+        impl = small.implementation(fast)
+    except Unsupported:
+        if case.mode != "forward":
+            raise
+        small = replace(small, mode="forward")
+        fast = small.workload(case.device)
+        impl = small.implementation(fast)
+    if impl == "reference" and as_it_is:
+        return None
+    result = _compare(small, fast)
+    if case.mode == small.mode or not result.ok:
+        return result
+    # Other code may run without gradients.
+    small = replace(small, mode="forward")
+    return max(result, _compare(small, small.workload(case.device)), key=lambda one: one.share)
+
+
+def _compare(case: Case, fast: Workload) -> Agreement:
+    routing = {name: module for name, module in fast.module.named_modules() if _routes(module)}
+    for module in routing.values():
+        module.keep_routes = True
+    if case.compiled:
+        fast.compile()
+    result = _results(fast, case.cuda_graph)
+    # With a CUDA graph, the routes exist only after the replay.
+    taken: dict[str, Tensor] = {name: module.kept_routes for name, module in routing.items()}
+    expected, chosen = _on_routes(_reference(case, fast, "fp64"), taken)
+    allowed, own = _on_routes(_reference(case, fast, case.dtype), taken)
+    worst = _worst(result, allowed, expected)
+    if not chosen:
+        return worst
+    flipped, share_of_own = (
+        _flipped(routes, chosen) for routes in (taken, {n: index for n, (index, _) in own.items()})
+    )
+    count = sum(index.numel() for index, _ in chosen.values())
+    most = min(ROOM * share_of_own + FEW_FLIPPED, max(MOST_FLIPPED, share_of_own))
+    return replace(worst, flipped=flipped, flips_allowed=max(most, 2 / count))
+
+
+def _worst(result: dict[str, Tensor], allowed: dict[str, Tensor], expected: dict[str, Tensor]) -> Agreement:
+    """The result with the largest error relative to its tolerance."""
+    worst = Agreement(0.0, 1.0, "")
+    for name, (error, own) in zip(expected, _distances(expected, result, allowed), strict=True):
+        tolerance = ROOM * max(own, ROUNDING)
+        if error == math.inf:
+            return Agreement(error, tolerance, name)
+        worst = max(worst, Agreement(error, tolerance, name), key=lambda one: one.share)
+    return worst
+
+
+def _routes(module: nn.Module) -> bool:
+    """Whether a module can keep its routes and accept imposed routes."""
+    return hasattr(module, "keep_routes") and hasattr(getattr(module, "router", None), "imposed")
+
+
+def _on_routes(work: Workload, taken: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Routes]:
+    """The results of a reference with imposed routes, and the routes that it would choose itself."""
+    chosen: Routes = {}
+    with ExitStack() as stack:
+        for name, routes in taken.items():
+            stack.enter_context(_imposed(name, work.module.get_submodule(name).router, routes, chosen))  # type: ignore[arg-type]
+        return _results(work), chosen
+
+
+@contextmanager
+def _imposed(name: str, router: nn.Module, routes: Tensor, chosen: Routes) -> Iterator[None]:
+    """Impose routes on a router within the context; store its own choice in ``chosen``."""
+
+    def choose(router: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], out: object) -> None:
+        router.imposed = None  # type: ignore[assignment]
+        with torch.no_grad():
+            chosen[name] = router.forward(*args, **named)
+        router.imposed = routes
+
+    router.imposed = routes
+    hook = router.register_forward_hook(choose, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+        router.imposed = None  # type: ignore[assignment]
+
+
+def _flipped(routes: Mapping[str, Tensor], exact: Routes) -> float:
+    """Share of the exact routes that are not taken; routes of zero weight, such as to padding, do not count."""
+    lost, total = 0.0, 0
+    for name, (index, weight) in exact.items():
+        missed = (index[..., None] != routes[name][..., None, :]).all(-1)
+        counts = weight > 0
+        lost, total = lost + (missed & counts).sum().item(), total + int(counts.sum().item())
+    return lost / max(total, 1)
+
+
+def _small_grid(case: Case) -> tuple[int, int]:
+    if case.kind == "model" or case.height * case.width <= LARGEST_TOKENS:
+        return case.height, case.width
+    shrink = (LARGEST_TOKENS / (case.height * case.width)) ** 0.5
+    with torch.device("meta"):
+        module = case.module()
+    attention = getattr(module, "attn", module)
+    step = attention.grid_multiple(case.height, case.width) if isinstance(attention, Attention) else 1
+    return tuple(max(step, int(side * shrink) // step * step) for side in (case.height, case.width))  # type: ignore[return-value]
+
+
+def _reference(case: Case, fast: Workload, dtype: str) -> Workload:
+    """The reference with the fast workload's weights, input and output gradient."""
+    precise = replace(case, impl="reference", dtype=dtype, compiled=False, cuda_graph=False).workload(case.device)  # type: ignore[arg-type]
+    precise.module.load_state_dict(fast.module.state_dict())
+    x, grad = fast.x.detach().to(precise.x.dtype), None if fast.grad is None else fast.grad.to(precise.x.dtype)
+    return Workload(
+        precise.module, x, precise.mode, precise.dtype, case.deterministic, grad, input_gradient=case.kind != "model"
+    )
+
+
+def _results(work: Workload, cuda_graph: bool = False) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    with work.settings(), work.replayed() if cuda_graph else nullcontext():
+        out = work.step()
+    output = "output" if work.mode == "forward_backward" else "output without gradients"
+    results = {output: out.detach(), "gradient of the input": work.x.grad}
+    results |= {f"gradient of {name}": p.grad for name, p in work.module.named_parameters()}
+    return {name: t.double() for name, t in results.items() if t is not None}
+
+
+def _distances(exact: dict[str, Tensor], *others: dict[str, Tensor]) -> Iterator[list[float]]:
+    """Per exact tensor, the relative Euclidean distances of the others; absolute distances if it is zero.
+
+    A missing gradient counts as zero; a non-finite distance counts as infinite.
+    """
+    norms = []
+    for name, tensor in exact.items():
+        differences = (other[name] - tensor if name in other else tensor for other in others)
+        norms += [tensor.norm(), *(difference.norm() for difference in differences)]
+    # A single device synchronisation.
+    flat = iter(torch.stack(norms).tolist())
+    for _ in exact:
+        scale = next(flat)
+        distances = (next(flat) / (scale if scale > 1e-9 else 1.0) for _ in others)
+        yield [distance if math.isfinite(distance) else math.inf for distance in distances]

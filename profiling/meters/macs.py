@@ -1,0 +1,73 @@
+"""Multiply-accumulates (MACs), counted by three independent methods.
+
+All are MACs of the forward pass of the whole batch: what papers and fvcore call FLOPs. 1 MAC = 2 FLOPs.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from attention_zoo.core.base import Macs
+from attention_zoo.core.operator_macs import OPERATOR_MACS
+from profiling.cases.workload import Workload, with_fake_tensors
+
+
+def analytic(module: nn.Module, height: int, width: int) -> Macs | None:
+    """By the module's own formula, batch 1; None if the module or an attention inside it has no formula."""
+    if not hasattr(module, "macs"):
+        return None
+    try:
+        return module.macs(height, width)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def counted(work: Workload) -> tuple[int, int]:
+    """Forward and backward MACs, counted per operator on ``meta`` tensors, which need no memory.
+
+    On meta, fused attention decomposes into its matrix products, so all are counted.
+    """
+    with with_fake_tensors(work, _meta) as imitation, imitation.settings(), FlopCounterMode(display=False) as counter:
+        if work.mode == "forward":
+            imitation.step()
+            return counter.get_total_flops() // 2, 0
+        out = imitation.module(imitation.x)
+        forward = counter.get_total_flops()
+        out.backward(imitation.grad)
+        return forward // 2, (counter.get_total_flops() - forward) // 2
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def by_fvcore(work: Workload) -> int:
+    """By fvcore's convention, as in the paper. Runs the module once on its real input, in eval mode."""
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    training = {module: module.training for module in work.module.modules()}
+    try:
+        with work.settings(), torch.no_grad():
+            analysis = FlopCountAnalysis(work.module.eval(), work.x.detach())
+            analysis.set_op_handle(**FUSED, **OPERATOR_MACS)
+            return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def _attention(inputs: list[Any], outputs: list[Any]) -> int:
+    query, key, value = (tensor.type().sizes() for tensor in inputs[:3])
+    return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+FUSED: dict[str, Callable[..., int]] = {
+    "aten::scaled_dot_product_attention": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+}
+"""PyTorch operators that fvcore does not support and would count as zero."""
