@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from attention_zoo import InvalidOption
-from profiling.schema.row import COLUMNS, KEY, check, load
+from profiling.schema.row import COLUMNS, KEY, as_text, load, validate
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
 
@@ -48,10 +48,11 @@ class Store:
 
     def append(self, row: dict[str, Any]) -> None:
         """Validate a row and write it to disk; it replaces a row of the same key."""
-        self.merge([check(row)])
+        validate([row])
+        self.merge([[as_text(row.get(name)) for name in COLUMNS]])
 
     def merge(self, rows: Iterable[list[str]]) -> None:
-        """Write rows from :func:`profiling.schema.row.check` to disk; a later row replaces one of the same key."""
+        """Write valid rows, as text, to disk; a later row replaces one of the same key."""
         latest = {_key(text): text for text in rows}
         new = {key: text for key, text in latest.items() if key not in self._status}
         with _explained(self.path):

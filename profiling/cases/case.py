@@ -8,7 +8,8 @@ from torch import nn
 
 from attention_zoo import MODELS, Attention, Block, InvalidOption, build, get, options
 from profiling.cases.workload import Dtype, Mode, Workload
-from profiling.schema.row import KEY, as_text, fits
+from profiling.schema.row import KEY, as_text
+from profiling.schema.row import KINDS as COLUMN_KINDS
 
 KINDS = ("attention", "block", "model")
 CHOICES = {"mode": get_args(Mode), "dtype": get_args(Dtype), "device": ("cpu", "cuda"), "kind": KINDS}
@@ -162,9 +163,17 @@ OPTION_COLUMNS = set(KEY) - {f.name for f in fields(Case)} - {"sweep", "impl_req
 
 def _has_column(name: str, value: Any) -> bool:
     # A plugin's option may share its name with a column.
-    return name in OPTION_COLUMNS and fits(name, value)
+    return name in OPTION_COLUMNS and _fits(name, value)
 
 
 def available_impls(name: str) -> tuple[str, ...]:
     """The implementations that the attention ``name`` declares, the plainest first."""
     return getattr(get(name), "impls", ("reference",))
+
+
+def _fits(column: str, value: Any) -> bool:
+    """Whether a value is valid in a column; only integer and boolean columns restrict it."""
+    kind = COLUMN_KINDS[column]
+    if value is None or kind not in ("int64", "boolean"):
+        return True
+    return isinstance(value, bool) if kind == "boolean" else type(value) is int and value >= 0

@@ -1,0 +1,59 @@
+"""Every column explained: ``python -m profiling.schema.data_dictionary > results/README.md``."""
+
+from profiling.schema.row import Row
+
+
+def dictionary() -> str:
+    """The data dictionary, as Markdown, generated from the schema."""
+    lines = ["| column | type | meaning |", "|---|---|---|"]
+    for name, column in Row.to_schema().columns.items():
+        kind = {"int64": "integer", "float64": "number", "boolean": "true/false"}.get(str(column.dtype).lower(), "text")
+        lines.append(f"| `{name}` | {kind} | {column.description} |")
+    return "\n".join(lines) + "\n"
+
+
+README = """# Results
+
+One folder per device, one CSV per sweep in it, one row per cell: one case, measured once. All files have the
+same columns, so they concatenate: `profiling.schema.row.load("results/<device>/topk.csv", ...)` gives one typed
+pandas table. An empty cell was not obtained or does not apply; it never stands for zero.
+
+- A row's key is every column from `sweep` to `device_name`. A rerun skips keys that have a row.
+- `peaks.csv` beside the sweeps holds the device's own peaks, measured once: FLOP/s of a large matrix product
+  by dtype, and bytes per second of a large copy, read plus written.
+- `report.html` beside the sweeps shows all of them on one page that opens offline; every run writes it anew, and
+  `python -m notebooks.report results/<device>` does so from the files alone.
+- `figures/` and `tables/` are written by the notebooks, from these files alone. `profile_one_config.json` is what
+  the profiler said of the one configuration in the notebook of that name.
+- `published_models.csv` holds figures from papers, in columns named `published_*`. None of them was measured here.
+
+`memory_predicted_bytes` is empty under torch.compile, which fuses steps away, and for bf16 and fp16 on a CPU, whose
+kernels work on copies that no rule covers.
+
+## State of these results
+
+- `intel-xeon-2-threads`: every sweep; three processes or more for each timed cell. `bra_speed` is of an earlier
+  version of `impl="sdpa"`.
+- `amd-epyc-2-threads`: other programs used the machine. In 17 of 1,361 timed rows the 95 % interval of the median
+  became narrower than 2 % (`latency_stop` is `converged`); in the others the time limit ended sampling. Ratios within
+  a sweep are usable, single latencies are not.
+- `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;
+  `resolution`, `precision` and `stl` are not measured yet. One process a cell. The kernels of `impl="triton"` have
+  changed since. Predictions were computed again on 2026-11-28 by mended rules, except for training by
+  `impl="triton"`; those of `auto` in training are of the new kernels, and up to 16 % above the peak measured with the
+  old ones. Forward they are within 1 % of the measured peak, except for `sdpa` at 600 x 500 (1.72 times as much) and
+  `triton` there (5 % more). In training `sdpa` takes up to 1.6 times as much as predicted, in every attention, and
+  `reference` with many scores up to 1.33 times, by what cuDNN and PyTorch allocate within a backward pass; all else
+  is within 1 %.
+
+## Units
+
+MACs are multiply-accumulates (what papers and fvcore call FLOPs); FLOPs = 2 x MACs. Bytes are bytes; figures
+show MiB. This page is generated: `python -m profiling.schema.data_dictionary > results/README.md`.
+
+## Columns
+
+"""
+
+if __name__ == "__main__":
+    print(README + dictionary(), end="")
