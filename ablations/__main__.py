@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ablations.analysis import interleave, interleave_process, readme_table, recommend_page
-from ablations.analysis.compare import as_json, compare, markdown, read, show
+from ablations.analysis.compare import compare, read
+from ablations.analysis.compare_page import as_json, markdown, show
 from ablations.analysis.convert import convert, result_files
 from ablations.analysis.recommend import BYTES, MILLISECONDS, Limits, Question, amount, recommend, resolve
 from ablations.gpu_visit import visit

@@ -11,17 +11,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from ablations.__main__ import main
-from ablations.analysis.compare import (
-    ONE_PROCESS,
-    Comparison,
-    Thresholds,
-    classify,
-    compare,
-    markdown,
-    read,
-    show,
-    welch_ratio,
-)
+from ablations.analysis.compare import ONE_PROCESS, Comparison, Thresholds, classify, compare, read, welch_ratio
+from ablations.analysis.compare_page import markdown, show
 from attention_zoo import InvalidOption
 from profiling.cases.case import Case
 from profiling.schema.row import SchemaError, validate
