@@ -67,7 +67,7 @@ class Device:
     def call_concurrent(
         self, needs: int, function: Callable[..., Any], *arguments: Any, fresh: bool = True, **limits: Any
     ) -> Outcome:
-        """Like :meth:`call`, but the child has an exclusive lease only within :func:`subprocess_runner.alone`.
+        """Like :meth:`call`, but the child has an exclusive lease only within :func:`child_process.alone`.
 
         Args:
             needs: bytes of device memory; the call waits until they fit beside those of other calls.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attention_zoo import Unsupported, load_plugin
 from profiling.cases.case import Case
 from profiling.cases.workload import Workload, check_graphs, compile_in_process
-from profiling.execution import cpu_allocator, environment, subprocess_runner
+from profiling.execution import child_process, cpu_allocator, environment
 from profiling.execution.cpu_allocator import FreedMemory
 from profiling.meters import correctness, latency, macs, operator_times, peak_memory
 from profiling.meters.operator_times import sdpa_backend
@@ -119,7 +119,7 @@ def measure(job: Job) -> dict[str, Any]:
         torch.cuda.synchronize()
         # The fp64 check needed more memory than the remaining steps.
         torch.cuda.empty_cache()
-    with subprocess_runner.alone():
+    with child_process.alone():
         columns |= time_workload(work, case.device, job.stopping, case.cuda_graph)
     if case.replicate > 0:
         # The rest is equal in all replicates, so only the first measures it.
@@ -220,7 +220,7 @@ def _on_device(work: Workload, rule: latency.StoppingRule, replayed: bool) -> fl
             return latency.measure_device(work.step, rule).quantile(0.5)
     except Exception:
         # Not every step can be recorded, and a failed capture may change CUDA's state.
-        subprocess_runner.spoil()
+        child_process.spoil()
         return None
 
 

@@ -6,26 +6,23 @@ treatment of freed memory has its own server, because glibc reads its variables 
 """
 
 import atexit
-import ctypes
-import gc
 import importlib
 import multiprocessing
 import os
-import pickle
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from profiling.execution import child_process
+from profiling.execution.child_process import Outcome
 from profiling.execution.cpu_allocator import VARIABLES, FreedMemory
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -34,26 +31,12 @@ _BOOKKEEPING = threading.Lock()
 """Starting a process collects the exit status of others, so no other thread may wait for it meanwhile."""
 _RUNNING: set[BaseProcess] = set()
 _SERVERS: dict[FreedMemory, forkserver.ForkServer] = {}
-_asked_by: Connection | None = None
-"""In a child: the caller to notify when it needs exclusive use of the device."""
-_spoiled = False
-"""In a child: whether it is marked as unusable for other calls."""
 HARMLESS = ("ok", "unsupported")
 """Statuses after which the process can run another call."""
 
 
 class StartError(RuntimeError):
     """No process can be started for a cell; the message says why."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Outcome of a call: a row's status, the returned value if ``ok``, and a one-line reason if not."""
-
-    status: str
-    value: Any = None
-    reason: str = ""
-    seconds: float = 0.0
 
 
 def start() -> None:
@@ -119,8 +102,8 @@ def call(
         timeout: seconds until the child is killed.
         memory: bytes of private memory the child may have; None sets no limit.
         environment: variables to set in the child before anything else, such as the visible GPU.
-        take: called with True when the child enters :func:`alone`, and with False when it exits that; the child waits
-            until ``take`` returns. This wait does not count as the child's time.
+        take: called with True when the child enters :func:`profiling.execution.child_process.alone`, and with False
+            when it exits that; the child waits until ``take`` returns. This wait does not count as the child's time.
         freed_memory: what glibc does in the child with freed memory, see :mod:`profiling.execution.cpu_allocator`.
     """
     worker = Worker(environment, kept=False, freed_memory=freed_memory)
@@ -188,7 +171,7 @@ class Worker:
             self.close()
         if self._child is None:
             self._pipe, theirs = _context.Pipe()
-            child = _context.Process(target=_serve, args=(theirs, *self._given), daemon=True)
+            child = _context.Process(target=child_process.serve, args=(theirs, *self._given), daemon=True)
             with _BOOKKEEPING, _server(self._freed_memory):
                 child.start()
                 _RUNNING.add(child)
@@ -237,49 +220,16 @@ class _Clock:
         self._waited += time.perf_counter() - asked
 
 
-def spoil() -> None:
-    """In a child: mark this process as modified, so that no other call runs in it."""
-    global _spoiled
-    _spoiled = True
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """In a child: use the device exclusively within the context, if the caller shares it among several."""
-    _wait_for(True)
-    try:
-        yield
-    finally:
-        _wait_for(False)
-
-
-def _wait_for(alone: bool) -> None:
-    if _asked_by is not None:
-        _asked_by.send(alone)
-        _asked_by.recv()
-
-
 def call_each(function: Callable[[Any], Any], jobs: Sequence[Any], **limits: Any) -> list[Outcome]:
     """As :func:`call` for each of ``jobs``: all in one child; if that child fails, each in its own.
 
     For short jobs that are not timed, for which the child is most of the cost.
     """
-    together = call(_each, function, jobs, **limits)
+    together = call(child_process.each, function, jobs, **limits)
     if together.status == "ok":
         share = together.seconds / len(jobs)
         return [replace(outcome, seconds=share) for outcome in together.value]
     return [call(function, job, **limits) for job in jobs]
-
-
-def _each(function: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Outcome]:
-    return [_ended(function, job) for job in jobs]
-
-
-def _ended(function: Callable[..., Any], *arguments: Any) -> Outcome:
-    try:
-        return Outcome("ok", function(*arguments))
-    except BaseException as problem:
-        return Outcome(_status_of(problem), reason=_one_line(problem))
 
 
 def stop_all() -> None:
@@ -319,75 +269,6 @@ def _died(exitcode: int) -> Outcome:
     if exitcode < 0:
         return Outcome("crash", reason=f"killed by {signal.Signals(-exitcode).name}")
     return Outcome("crash", reason=f"exited with status {exitcode} and no result")
-
-
-def _serve(caller: Connection, environment: Mapping[str, str], kept: bool) -> None:
-    """In a child: process requests until there are no more."""
-    _die_with_parent()
-    os.environ.update(environment)
-    with suppress(EOFError, OSError):
-        while True:
-            outcome = _answered(caller, caller.recv_bytes())
-            # Tidy before answering, while the caller still holds the device.
-            caller.send((outcome, not (kept and _tidied())))
-
-
-def _answered(caller: Connection, request: bytes) -> Outcome:
-    global _asked_by
-    try:
-        function, arguments, memory, takes_turns = pickle.loads(request)
-        _asked_by = caller if takes_turns else None
-        _limit(memory)
-        outcome = Outcome("ok", function(*arguments))
-    except BaseException as problem:
-        # The traceback still holds the function's allocations, so lift the limit.
-        _limit(None)
-        outcome = Outcome(_status_of(problem), reason=_one_line(problem))
-    return outcome
-
-
-def _tidied() -> bool:
-    """Release all resources of the last call; False if this process cannot run another call."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if _spoiled or torch is None or not torch.cuda.is_initialized():
-        return not _spoiled
-    try:
-        torch.cuda.synchronize()
-        # Workspaces of every stream that a graph was recorded on. There is no public API.
-        getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    except Exception:
-        return False
-    return True
-
-
-def _limit(memory: int | None) -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (most if memory is None else memory, most))
-
-
-def _status_of(problem: BaseException) -> str:
-    name, text = type(problem).__name__, str(problem)
-    if isinstance(problem, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
-        return "oom"
-    return "unsupported" if name == "Unsupported" else "error"
-
-
-def _one_line(problem: BaseException) -> str:
-    text = " ".join(str(problem).split())
-    return f"{type(problem).__name__}: {text}"[:300]
-
-
-def _die_with_parent() -> None:
-    """Have the system kill this process when the run that started it dies."""
-    # The server runs until the last copy of this descriptor is closed: children and server would keep each other alive.
-    with suppress(AttributeError, OSError, TypeError):
-        os.close(forkserver._forkserver._forkserver_alive_fd)  # type: ignore[attr-defined]
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _preload() -> None:

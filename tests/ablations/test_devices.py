@@ -22,7 +22,7 @@ from ablations.harness.scheduler import schedule
 from ablations.harness.sweep import Sweep
 from attention_zoo import InvalidOption
 from profiling.cases.case import Case
-from profiling.execution import environment, subprocess_runner
+from profiling.execution import child_process, environment, subprocess_runner
 from profiling.meters.latency import QUICK
 from profiling.schema.row import KEY, load
 
@@ -128,7 +128,7 @@ def spans_of(folder: str, name: str, seconds: float) -> None:
     """A cell that prepares, is timed exclusively, and then does more work; it records the times."""
     spans = [time.monotonic()]
     time.sleep(seconds)
-    with subprocess_runner.alone():
+    with child_process.alone():
         spans.append(time.monotonic())
         time.sleep(seconds)
         spans.append(time.monotonic())

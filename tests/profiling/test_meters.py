@@ -24,7 +24,7 @@ from attention_zoo import load_plugin
 from attention_zoo.attentions.bra import sdpa
 from profiling.cases.case import Case
 from profiling.cases.workload import Dtype, Mode, Workload
-from profiling.execution import benchmark, cpu_allocator, environment, subprocess_runner
+from profiling.execution import benchmark, child_process, cpu_allocator, environment, subprocess_runner
 from profiling.execution.cpu_allocator import FreedMemory
 from profiling.meters import correctness, latency, macs, operator_times, peak_memory, roofline
 from profiling.meters.latency import LatencySamples, StoppingRule, WallLatency
@@ -586,7 +586,7 @@ def paper_gpu(monkeypatch: pytest.MonkeyPatch) -> Workload:
     work = workload("mlp", "forward")
     monkeypatch.setattr(latency, "fits_queue", lambda step: False)
     monkeypatch.setattr(latency, "measure_device", lambda *args: LatencySamples([2.0 if work._recorded else 1.0], ""))
-    monkeypatch.setattr(subprocess_runner, "_spoiled", False)
+    monkeypatch.setattr(child_process, "_spoiled", False)
     return work
 
 
@@ -602,12 +602,12 @@ def test_a_step_of_many_launches_is_timed_as_a_replay(paper_gpu: Workload, monke
     assert benchmark._on_device(paper_gpu, latency.QUICK, replayed=True) == 1.0
     monkeypatch.setattr(latency, "fits_queue", lambda step: True)
     assert benchmark._on_device(paper_gpu, latency.QUICK, replayed=False) == 1.0
-    assert not subprocess_runner._spoiled
+    assert not child_process._spoiled
 
 
 def test_a_step_that_cannot_be_recorded_has_no_time_and_its_process_is_replaced(paper_gpu: Workload) -> None:
     assert benchmark._on_device(paper_gpu, latency.QUICK, replayed=False) is None
-    assert subprocess_runner._spoiled
+    assert child_process._spoiled
 
 
 @pytest.mark.parametrize("row", [{}, {"macs_counted": 5}, {"latency_p50_ms": 5.0}, {"macs_counted": 0}])

@@ -17,7 +17,7 @@ from ablations.harness.local_runner import Launcher, Settings
 from ablations.harness.sweep import Sweep
 from attention_zoo import load_plugin
 from attention_zoo.core import registry
-from profiling.execution import subprocess_runner
+from profiling.execution import child_process, subprocess_runner
 from profiling.execution.preflight import CHECKS, preflight
 from profiling.execution.subprocess_runner import Outcome, call
 from profiling.meters.latency import QUICK
@@ -344,7 +344,7 @@ def test_a_worker_runs_call_after_call_in_one_process(worker: subprocess_runner.
         ("raise KeyError('k')", "error"),
         ("raise MemoryError", "oom"),
         ("import time; time.sleep(600)", "timeout"),
-        ("from profiling.execution import subprocess_runner; subprocess_runner.spoil()", "ok"),
+        ("from profiling.execution import child_process; child_process.spoil()", "ok"),
     ],
 )
 def test_worker_is_replaced_after_a_failed_call(worker: subprocess_runner.Worker, source: str, status: str) -> None:
@@ -385,7 +385,7 @@ if __name__ == "__main__":
 
 def in_turns() -> int:
     for _ in range(2):
-        with subprocess_runner.alone():
+        with child_process.alone():
             pass
     return os.getpid()
 
