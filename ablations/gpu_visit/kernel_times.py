@@ -92,7 +92,7 @@ def _run(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     contestants = [("bra", "triton", "own"), ("bra", "triton", "even")]
     if args.all:
-        contestants += [("bra", "reference", "own"), ("bra_gathered", "sdpa", ""), ("window", "sdpa", "")]
+        contestants += [("bra", "reference", "own"), ("bra_pregathered", "sdpa", ""), ("window", "sdpa", "")]
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -17,7 +17,7 @@ EIGHT = (
 USERS = ((20, 1, (600, 500), 4, 50, 7),)
 """Of 100 GB: 20 channels are one head; 50 divides both sides, near the best n_win, 76."""
 MORE = tuple((64, 2, grid, topk, 7, 7) for grid, topk in ((56, 2), (56, 4), (56, 8), (56, 16), (14, 4), (28, 4)))
-BOUNDS = [(name, "sdpa") for name in ("bra_gathered", "window", "full")]
+BOUNDS = [(name, "sdpa") for name in ("bra_pregathered", "window", "full")]
 COMPILED = [("bra", "reference"), ("bra", "sdpa")]
 WHO, LAUNCH = ("name", "impl"), ("compiled", "cuda_graph")
 
@@ -37,7 +37,7 @@ def bra(*without: str) -> list[tuple[str, str]]:
     return [("bra", impl) for impl in available_impls("bra") if impl not in without]
 
 
-FEW = [("bra", "reference"), ("bra", "triton"), ("window", "sdpa"), ("bra_gathered", "sdpa")]
+FEW = [("bra", "reference"), ("bra", "triton"), ("window", "sdpa"), ("bra_pregathered", "sdpa")]
 MOST = [*FEW[:2], ("bra", "sdpa"), *FEW[2:]]
 EAGER, GRAPH, BOTH = [(False, False)], [(False, True)], [(False, False), (False, True)]
 HALF: dict[Axis, Any] = {"dtype": ("bf16",)}

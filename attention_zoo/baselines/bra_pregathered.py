@@ -1,4 +1,4 @@
-"""A lower bound on the time of BRA, not an attention of the zoo: its keys and values are already gathered.
+"""A baseline for BRA, not an attention of the zoo: its keys and values are already gathered.
 
 Shape legend: b batch, h w grid, t tokens of the whole batch, r query regions of the whole batch, n tokens of a
 region, l keys of a region, m heads, c dim, e channels of a head.
@@ -20,8 +20,8 @@ from attention_zoo.core.registry import register
 from attention_zoo.ops.softmax_attention import merge_heads, softmax_attention, split_heads
 
 
-@register("bra_gathered")
-class GatheredAttention(Attention):
+@register("bra_pregathered")
+class PregatheredAttention(Attention):
     """As many products and as many keys per region as BRA, but no routing, gather or scatter.
 
     Each group of n consecutive tokens attends to a run of topk * n consecutive tokens. The runs overlap and are views

@@ -18,7 +18,7 @@ DIMS = {56: 64, 28: 128, 14: 256, 112: 64, 224: 64, 64: 128, 256: 64}
 """Channels by grid."""
 TIME, DEVICE_TIME, MEMORY = "latency_p50_ms", "device_time_p50_ms", "memory"
 GRAPH = ", CUDA graph"
-OTHERS = {"bra_gathered": "pre-gathered", "window": "window", "full": "full"}
+OTHERS = {"bra_pregathered": "pre-gathered", "window": "window", "full": "full"}
 STYLES = {"compiled": "compiled", "cuda_graph": "CUDA graph"}
 
 

@@ -28,7 +28,7 @@ SWEEP = discover()["bra_speed"]
 EIGHT = [(64, 2, 56, 1, 7), (128, 4, 28, 4, 7), (256, 8, 14, 16, 7), (64, 2, 112, 4, 7), (64, 2, 224, 4, 7),
          (128, 4, 64, 4, 8), (64, 2, 256, 1, 16), (64, 2, 256, 4, 16)]  # fmt: skip
 USERS = ("n_win", 50), ("side_dwconv", 5), ("topk", 4)
-BOUND, MODES = "bra_gathered", ("forward", "forward_backward")
+BOUND, MODES = "bra_pregathered", ("forward", "forward_backward")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 

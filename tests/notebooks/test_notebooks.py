@@ -145,7 +145,7 @@ def speeds() -> Iterator[dict[str, Any]]:
     places = ((56, 1), (56, 4), (112, 4), (224, 4))
     times = {
         ("bra", "reference"): (8.0, 16.0, 90.0, None), ("bra", "sdpa"): (4.0, 4.0, 5.0, 50.0),
-        ("bra_gathered", "sdpa"): (2.0, 3.0, 4.5, 25.0), ("full", "sdpa"): (2.0, 2.0, 20.0, None),
+        ("bra_pregathered", "sdpa"): (2.0, 3.0, 4.5, 25.0), ("full", "sdpa"): (2.0, 2.0, 20.0, None),
         ("window", "sdpa"): (1.0, 1.0, 2.0, 8.0),
     }  # fmt: skip
     for ((name, impl), of_name), mode in product(times.items(), ("forward", "forward_backward")):
