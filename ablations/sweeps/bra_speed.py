@@ -17,7 +17,7 @@ EIGHT = (
 USERS = ((20, 1, (600, 500), 4, 50, 7),)
 """Of 100 GB: 20 channels are one head; 50 divides both sides, near the best n_win, 76."""
 MORE = tuple((64, 2, grid, topk, 7, 7) for grid, topk in ((56, 2), (56, 4), (56, 8), (56, 16), (14, 4), (28, 4)))
-BOUNDS = [(name, "sdpa") for name in ("bra_pregathered", "window", "full")]
+BASELINES = [(name, "sdpa") for name in ("bra_pregathered", "window", "full")]
 COMPILED = [("bra", "reference"), ("bra", "sdpa")]
 WHO, LAUNCH = ("name", "impl"), ("compiled", "cuda_graph")
 
@@ -42,7 +42,7 @@ MOST = [*FEW[:2], ("bra", "sdpa"), *FEW[2:]]
 EAGER, GRAPH, BOTH = [(False, False)], [(False, True)], [(False, False), (False, True)]
 HALF: dict[Axis, Any] = {"dtype": ("bf16",)}
 ON_CUDA: tuple[Axes, ...] = (
-    {**HALF, SHAPE: EIGHT, WHO: lambda: [*bra("flex"), *BOUNDS], **MODES},
+    {**HALF, SHAPE: EIGHT, WHO: lambda: [*bra("flex"), *BASELINES], **MODES},
     {**HALF, SHAPE: EIGHT, WHO: FEW, LAUNCH: GRAPH, **MODES},
     {**HALF, "batch": (128,), SHAPE: EIGHT[:3], WHO: MOST, LAUNCH: BOTH, **MODES},
     {SHAPE: (EIGHT[0], EIGHT[3], EIGHT[7]), WHO: lambda: bra("flex"), **MODES},
@@ -53,12 +53,12 @@ ON_CUDA: tuple[Axes, ...] = (
 )
 
 SWEEP = Sweep(
-    question="How fast is each implementation of BRA, beside its bound, windows and full attention at equal width?",
-    expect="sdpa beats the reference most in training, where that scatters; its bound is near at large grids. 25 min.",
+    question="How fast is each implementation of BRA, beside pre-gathered keys, windows and full attention at equal width?",
+    expect="sdpa beats the reference most in training, where that scatters; pre-gathered is near at large grids. 25 min.",
     axes={
-        SHAPE: EIGHT + USERS + MORE, WHO: lambda: [*bra(), *BOUNDS], **MODES, LAUNCH: [(False, False), (True, False)]
+        SHAPE: EIGHT + USERS + MORE, WHO: lambda: [*bra(), *BASELINES], **MODES, LAUNCH: [(False, False), (True, False)]
     },
     on_cuda=ON_CUDA, fixed={"side_dwconv": 5, "compiled": False, "cuda_graph": False}, freed_memory="returned",
-    smoke={SHAPE: EIGHT[2:3], WHO: [*COMPILED, *BOUNDS], LAUNCH: EAGER},
+    smoke={SHAPE: EIGHT[2:3], WHO: [*COMPILED, *BASELINES], LAUNCH: EAGER},
     keep=affordable, most_macs_on_cpu=200e9, stopping=StoppingRule(max_seconds=0.3), timeout=600,
 )  # fmt: skip

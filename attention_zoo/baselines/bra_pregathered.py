@@ -58,7 +58,7 @@ class PregatheredAttention(Attention):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         batch, height, width = x.shape[:3]
         count, keys, impl = batch * self.n_win**2, self.kv_tokens_per_query(height, width), self.chosen_impl(x)
-        # The same projection as BRA's, so that BRA has no advantage over its bound.
+        # The same projection as BRA's, so that BRA has no advantage over it.
         as_sdpa = impl == "sdpa" and device_type(x) == "cpu"
         if as_sdpa:
             parts = (t.split(self.dim) for t in (self.qkv.weight, self.qkv.bias))
@@ -94,7 +94,7 @@ class PregatheredAttention(Attention):
 class _Runs(torch.autograd.Function):
     """Evenly spaced runs of consecutive tokens.
 
-    In the backward pass, a token gets the gradient of one of its occurrences, not the sum over all: the bound
+    In the backward pass, a token gets the gradient of one of its occurrences, not the sum over all: the baseline
     excludes that sum.
     """
 
