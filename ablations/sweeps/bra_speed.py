@@ -53,8 +53,8 @@ ON_CUDA: tuple[Axes, ...] = (
 )
 
 SWEEP = Sweep(
-    question="How fast is each implementation of BRA, beside pre-gathered keys, windows and full attention at equal width?",
-    expect="sdpa beats the reference most in training, where that scatters; pre-gathered is near at large grids. 25 min.",
+    question="How fast is each implementation of BRA, beside pre-gathered keys, windows and full attention?",
+    expect="sdpa beats the reference most in training, where that scatters; pre-gathered is near it. 25 min.",
     axes={
         SHAPE: EIGHT + USERS + MORE, WHO: lambda: [*bra(), *BASELINES], **MODES, LAUNCH: [(False, False), (True, False)]
     },
