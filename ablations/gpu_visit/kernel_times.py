@@ -1,7 +1,8 @@
 """Device time of each kernel of a step on a GPU: ``python -m ablations.gpu_visit.kernel_times --out kernels.csv``.
 
 Measured by PyTorch's profiler over several steps with a warm cache, to explain missed targets. BRA runs twice: on its
-own routes, which visit a few regions most often, and on evenly distributed routes.
+own routes, which visit a few regions most often, and on evenly distributed routes. Pre-gathered keys run with and
+without cuDNN, which PyTorch prefers to its own kernels on some devices.
 """
 
 import csv
@@ -19,6 +20,7 @@ from profiling.cases.workload import Workload
 from profiling.cli.arguments import Parser, run_reporting
 
 STEPS = 10
+NO_CUDNN = "no cuDNN"
 SHAPES = (
     (1, 64, 2, 56, 1, 7), (1, 128, 4, 28, 4, 7), (1, 256, 8, 14, 16, 7), (1, 64, 2, 112, 4, 7), (1, 64, 2, 224, 4, 7),
     (1, 128, 4, 64, 4, 8), (1, 64, 2, 256, 1, 16), (1, 64, 2, 256, 4, 16), (128, 64, 2, 56, 1, 7),
@@ -56,6 +58,7 @@ def rows(shape: Sequence[int], contestants: Sequence[tuple[str, str, str]]) -> I
             chosen = {"n_win": n_win, "topk": topk, "side_dwconv": 5}
         case = Case(name, grid, grid, dim, heads, tuple(chosen.items()), impl=impl, mode="forward_backward",
                     dtype="bf16", device="cuda", batch=batch)  # fmt: skip
+        torch.backends.cuda.enable_cudnn_sdp(routes != NO_CUDNN)
         work = case.workload("cuda")
         most = None
         if name == "bra":
@@ -88,11 +91,12 @@ def _run(arguments: list[str]) -> int:
         prog="python -m ablations.gpu_visit.kernel_times", description="Device time of each kernel of a step."
     )
     parser.add_argument("--out", type=Path, default=Path("kernels.csv"), metavar="FILE", help="default: kernels.csv")
-    parser.add_argument("--all", action="store_true", help="windows, the pregathered bound and the reference too")
+    parser.add_argument("--all", action="store_true", help="windows, pre-gathered keys and the reference too")
     args = parser.parse_args(arguments)
     contestants = [("bra", "triton", "own"), ("bra", "triton", "even")]
     if args.all:
-        contestants += [("bra", "reference", "own"), ("bra_pregathered", "sdpa", ""), ("window", "sdpa", "")]
+        contestants += [("bra", "reference", "own"), ("bra_pregathered", "sdpa", ""),
+                        ("bra_pregathered", "sdpa", NO_CUDNN), ("window", "sdpa", "")]  # fmt: skip
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

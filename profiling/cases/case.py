@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from attention_zoo import MODELS, Attention, Block, InvalidOption, build, get, options
-from profiling.cases.workload import Dtype, Mode, Workload
+from profiling.cases.workload import PARAMETERS, Dtype, Mode, Workload
 from profiling.schema.row import KEY, as_text
 from profiling.schema.row import KINDS as COLUMN_KINDS
 
@@ -104,7 +104,7 @@ class Case:
     def workload(self, device: str) -> Workload:
         """Seeded module, input and step on ``device``; ``meta`` gives shapes only."""
         torch.manual_seed(self.seed + self.replicate)
-        dtype = torch.float64 if self.dtype == "fp64" else torch.float32
+        dtype = PARAMETERS.get(self.dtype, torch.float32)
         with torch.device("meta" if device == "meta" else "cpu"):
             module, x = self.module(), torch.randn(self.shape())
         module, x = module.to(dtype=dtype), x.to(dtype=dtype)

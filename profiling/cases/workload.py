@@ -13,10 +13,12 @@ from torch.nn.utils.stateless import _reparametrize_module
 from attention_zoo import Unsupported
 
 Mode = Literal["forward", "forward_backward"]
-Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16"]
+Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "bf16_params"]
 WARM_UP = 3
 """Steps before recording; the first steps select and compile kernels and allocate workspaces."""
 AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PARAMETERS: dict[str, torch.dtype] = {"fp64": torch.float64, "bf16_params": torch.bfloat16}
+"""The type of parameters and input; of all others fp32."""
 
 
 class Workload:
@@ -29,8 +31,8 @@ class Workload:
         module: any module from one tensor to one tensor.
         x: its input.
         mode: which step.
-        dtype: fp64 and fp32 run unchanged; tf32 lets fp32 products and convolutions round their inputs; bf16 and
-            fp16 run under autocast with fp32 parameters.
+        dtype: fp64, fp32 and bf16_params run unchanged, with parameters and input of that type; tf32 lets fp32
+            products and convolutions round their inputs; bf16 and fp16 run under autocast with fp32 parameters.
         deterministic: replace or reject kernels with nondeterministic results.
         grad: the output gradient for forward_backward; random if not given.
         input_gradient: whether forward_backward computes the input's gradient too, as inside a network.

@@ -13,6 +13,7 @@ import torch
 
 from attention_zoo import Attention, Unsupported
 from profiling.cases.case import Case
+from profiling.cases.workload import PARAMETERS
 from profiling.execution import subprocess_runner
 from profiling.execution.benchmark import Job, static_analysis
 from profiling.execution.subprocess_runner import Outcome
@@ -57,6 +58,6 @@ def _refusal(case: Case) -> str | None:
         return None
     if case.device == "cuda" and not torch.cuda.is_available():
         return None
-    dtype = torch.float64 if case.dtype == "fp64" else torch.float32
+    dtype = PARAMETERS.get(case.dtype, torch.float32)
     # One element at any size.
     return module.unsupported(case.impl, torch.empty((), dtype=dtype, device=case.device).expand(case.shape()))

@@ -90,7 +90,7 @@ IN_PLACE_IN_BACKWARD = {
 
 def predictable(work: Workload, device: str) -> bool:
     """Whether a prediction would be exact: no rule covers the internal copies of half-precision CPU kernels."""
-    return device != "cpu" or work.dtype not in AUTOCAST
+    return device != "cpu" or work.dtype not in (*AUTOCAST, "bf16_params")
 
 
 def predict(work: Workload, device: str = "cpu") -> Memory:

@@ -68,16 +68,21 @@ def stored(folder: Path, device: str, ask: Callable[..., Peaks]) -> Peaks:
     return peaks
 
 
+def _multiplied(case: Case) -> str:
+    """The dtype of the case's products."""
+    return case.dtype.removesuffix("_params")
+
+
 def columns(row: dict[str, Any], case: Case, peaks: Peaks) -> dict[str, float]:
     """Achieved TFLOP/s, arithmetic intensity, and the fraction of the roofline."""
-    macs, size = row.get("macs_counted"), torch.empty(0, dtype=DTYPES[case.dtype]).element_size()
+    macs, size = row.get("macs_counted"), torch.empty(0, dtype=DTYPES[_multiplied(case)]).element_size()
     milliseconds = row.get("device_time_p50_ms" if case.device == "cuda" else "latency_p50_ms")
     if not macs or not milliseconds:
         return {}
     flops = 2 * (macs + (row.get("macs_backward_counted") or 0))
     elements = row["params"] + 2 * case.batch * case.height * case.width * (case.dim or 3)
     moved = size * elements * (1 if case.mode == "forward" else 2)
-    least = max(flops / peaks.get(case.dtype, peaks["fp32"]), moved / peaks["copy"])
+    least = max(flops / peaks.get(_multiplied(case), peaks["fp32"]), moved / peaks["copy"])
     return {
         "achieved_tflops": flops / milliseconds / 1e9,
         "arithmetic_intensity": flops / moved,

@@ -48,8 +48,8 @@ class Row(pa.DataFrameModel):
         description="forward: no gradients. forward_backward: of parameters and input, less a model's image.",
     )
     dtype: Series[str] = pa.Field(
-        isin=("fp64", "fp32", "tf32", "bf16", "fp16"),
-        description="bf16, fp16: autocast over fp32 parameters; tf32: fp32 with rounded matrix products.",
+        isin=("fp64", "fp32", "tf32", "bf16", "fp16", "bf16_params"),
+        description="bf16, fp16: autocast over fp32 parameters; bf16_params: no autocast; tf32: fp32, products rounded.",
     )
     device: Series[str] = pa.Field(isin=("cpu", "cuda"), description="Kind of device.")
     batch: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Images per step.")

@@ -223,7 +223,7 @@ def test_bf16_is_refused_where_the_interpreter_does_not_know_it() -> None:
 
 @pytest.mark.usefixtures("bf16_interpreted")
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["tf32", "bf16", "fp16", "bf16_params"])
 def test_other_types_pass_the_agreement_gate(dtype: str) -> None:
     # All regions: routes that nearly tie would be chosen by rounding errors.
     case = Case("bra", 6, 6, dim=32, num_heads=2, impl="triton", dtype=dtype, device=DEVICE,
