@@ -49,7 +49,7 @@ class Row(pa.DataFrameModel):
     )
     dtype: Series[str] = pa.Field(
         isin=("fp64", "fp32", "tf32", "bf16", "fp16", "bf16_params"),
-        description="bf16, fp16: autocast over fp32 parameters; bf16_params: no autocast; tf32: fp32, products rounded.",
+        description="bf16, fp16: autocast over fp32 parameters; bf16_params: without; tf32: fp32, products rounded.",
     )
     device: Series[str] = pa.Field(isin=("cpu", "cuda"), description="Kind of device.")
     batch: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Images per step.")
