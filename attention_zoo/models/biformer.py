@@ -14,6 +14,8 @@ from attention_zoo.models.block import Block
 
 HEAD_DIM = 32
 TOPK = (1, 4, 16, -2)
+ATTENTIONS = ("bra", "lepe")
+"""The attentions that TOPK stands for."""
 
 
 class STLBlock(Block):
