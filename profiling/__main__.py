@@ -112,7 +112,9 @@ def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
     if chosen.model is not None and chosen.model not in MODELS:
         raise InvalidOption(f"unknown model {chosen.model!r}; valid: {', '.join(MODELS)}")
     if chosen.block is not None and (chosen.model or chosen.attention) is not None:
-        raise InvalidOption("--block NAME stands alone; valid with --attention: --model, which takes it into its stages")
+        raise InvalidOption(
+            "--block NAME stands alone; valid with --attention: --model, which takes it into its stages"
+        )
     parser = Parser(
         prog="python -m profiling", epilog=EXAMPLES,
         description="Cost, memory, latency, stages and heaviest operators of one attention or\nmodel, at one size.",
@@ -125,8 +127,8 @@ def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
 
 def _add_choice(parser: Parser) -> None:
     message = (
-        f"one of: {', '.join(names())} (default: bra); with --model the attention of all stages, or of each of the four "
-        f"as NAME,NAME,NAME,NAME, where {PUBLISHED} keeps the model's own"
+        f"one of: {', '.join(names())} (default: bra); with --model the attention of all stages, or of "
+        f"each of the four as NAME,NAME,NAME,NAME, where {PUBLISHED} keeps the model's own"
     )
     parser.add_argument("--attention", metavar="NAME", default=None, help=message)
     parser.add_argument("--block", metavar="NAME", help="a whole Block around that attention")
@@ -142,7 +144,8 @@ def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
     ):  # fmt: skip
         text += f" (default: {default})"
         parser.add_argument(f"--{name}", type=integer, default=default, metavar="N", help=text)
-    impls = impls_of_model(stages_from_text(chosen.attention or PUBLISHED)) if chosen.model else available_impls(_name(chosen))
+    stages = stages_from_text(chosen.attention or PUBLISHED) if chosen.model else None
+    impls = impls_of_model(stages) if chosen.model else available_impls(_name(chosen))
     parser.add_argument("--impl", choices=("auto", *impls), default="auto", help="which code runs it")
     for name in ("mode", "dtype", "device"):
         parser.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0] if name != "dtype" else "fp32")

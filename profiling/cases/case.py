@@ -187,7 +187,7 @@ def stages_from_text(text: str) -> str | tuple[str | None, ...] | None:
 
 
 def impls_of_model(attention: str | Sequence[str | None] | None) -> tuple[str, ...]:
-    """The implementations that all attentions of a model have, the plainest first; InvalidOption for an unknown name."""
+    """The implementations that all attentions of a model have, the plainest first; InvalidOption if one is unknown."""
     every = [attention] if attention is None or isinstance(attention, str) else attention
     inside = dict.fromkeys(one for name in every for one in (ATTENTIONS if name is None else (name,)))
     first, *rest = map(available_impls, inside)
