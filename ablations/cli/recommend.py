@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def add(command: Parser, begin: float) -> None:
     message = "cpu, cuda, auto (cuda if there is one; the default), or a folder of --results"
     command.add_argument("--device", default="auto", metavar="DEVICE", help=message)
     message = "time the N best here; without N, as many as --seconds allow"
-    command.add_argument("--measure", type=integer, nargs="?", const=0, metavar="N", help=message)
+    command.add_argument("--measure", type=integer, nargs="?", const=math.inf, metavar="N", help=message)
     message = f"with --measure: answer within so long, predictions included (default: {DEFAULT_SECONDS:g})"
     command.add_argument("--seconds", type=float, metavar="S", help=message)
     command.add_argument("--results", type=Path, default=Path("results"), metavar="DIR", help="default: results")
@@ -94,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(recommend_page.as_json(answer, asked, timed), indent=2))
     else:
-        recommend_page.show(answer, asked, Console(), max(args.top, args.measure or 0), timed)
+        recommend_page.show(answer, asked, Console(), args.top, timed)
     return 0 if answer.fits or answer.unknown else 1
 
 
@@ -115,7 +116,15 @@ def _time(args: argparse.Namespace, asked: Question, predicted: list[Predicted])
             tell(number, total, f"{left:.0f} s left: {what}", f"[{number + 1}/{total}] ")
 
         seconds = args.seconds or DEFAULT_SECONDS
-        return time_best(predicted, asked, args.measure or None, seconds, args.begin, args.results, show)
+        return time_best(
+            predicted,
+            asked,
+            None if args.measure == math.inf else args.measure,
+            seconds,
+            args.begin,
+            args.results,
+            show,
+        )
 
 
 def _question(args: argparse.Namespace) -> Question:
@@ -134,7 +143,7 @@ def _question(args: argparse.Namespace) -> Question:
 
 def _check(args: argparse.Namespace) -> None:
     """InvalidOption if a flag has an invalid value, or is not for this request."""
-    for flag, value in (("--top", args.top), ("--measure", args.measure or 1)):
+    for flag, value in (("--top", args.top), ("--measure", 1 if args.measure is None else args.measure)):
         if value < 1:
             raise InvalidOption(f"{flag} {value} is not valid; valid: an integer >= 1")
     if args.seconds is not None and (args.measure is None or not 0 < args.seconds < float("inf")):

@@ -116,6 +116,7 @@ def test_too_small_an_image_is_rejected() -> None:
     ("words", "message"),
     [
         ("--measure 0x", "'0x' is not an integer"),
+        ("--measure 0", "--measure 0 is not valid; valid: an integer >= 1"),
         ("--measure -1", "--measure -1 is not valid; valid: an integer >= 1"),
         ("--seconds 5", "--seconds 5 is not valid; valid: a number above 0, with --measure"),
         ("--model biformer_tiny", "--dim and --num-heads are for one attention"),
