@@ -3,25 +3,26 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ablations.analysis import interleave, interleave_process, readme_table, recommend_page
+import ablations
+from ablations.analysis import interleave, interleave_process, readme_table
 from ablations.analysis.compare import compare, read
 from ablations.analysis.compare_page import as_json, markdown, show
 from ablations.analysis.convert import convert, result_files
-from ablations.analysis.recommend import BYTES, MILLISECONDS, Limits, Question, amount, recommend, resolve
+from ablations.cli import recommend
 from ablations.gpu_visit import visit
 from ablations.harness import static_analysis_cache
 from ablations.harness.devices import LaunchError
+from ablations.harness.results_store import StoreError
 from ablations.harness.sweep import select
-from attention_zoo import InvalidOption, load_plugin
-from profiling.cases.case import CHOICES, Case
-from profiling.cli.arguments import Parser, integer, run_reporting
+from attention_zoo import InvalidOption
+from profiling.cases.case import CHOICES
+from profiling.cli.arguments import Parser, run_reporting
 from profiling.execution import subprocess_runner
 from profiling.execution.benchmark import Job
 from profiling.execution.subprocess_runner import StartError
@@ -32,13 +33,6 @@ COMPARE = """examples:
   python -m ablations compare before.csv after.csv --markdown > comment.md
   python -m ablations compare --interleave --help      two variants in turn
 """
-RECOMMEND = """examples:
-  python -m ablations recommend --height 512 --width 512 --memory 8GiB
-  python -m ablations recommend --height 56 --width 56 --memory 1GiB \\
-      --latency 5ms --mode forward_backward --json
-  python -m ablations recommend --height 128 --width 128 --memory 24GiB \\
-      --dtype bf16 --device cuda --plugin my.py
-"""
 TABLE = """examples:
   python -m ablations table README.md          rewrite the table in the README
   python -m ablations table > attentions.md
@@ -47,34 +41,27 @@ PREPARE = """examples:
   python -m ablations prepare --device cuda --out static_analysis.json   here, without a GPU
   python run_all.py --device cuda --static-analysis static_analysis.json          there
 """
-RECOMMENDED = """\
-Which attentions and options fit your grid, memory and time, best first: by
-latency where it is known, then by MACs. Memory and MACs are predicted for
-exactly this grid, results or not. Latency is what the results of the device
-hold for the same cell, or interpolated (log-log) between two measured grids of
-the same shape, never beyond them. With --latency, what fits in memory and was
-never timed is listed apart, with the command that times it. A grid that n_win
-does not divide is padded, and marked so. Exits with 1 if nothing fits.
-"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit status: 0, 1 if B is worse than A or nothing fits, 2 if the input is wrong."""
+    begin = ablations.STARTED if arguments is None else time.monotonic()
     return run_reporting(
-        lambda: _run(list(sys.argv[1:] if arguments is None else arguments)),
-        StartError, LaunchError, interleave_process.SideError,
+        lambda: _run(list(sys.argv[1:] if arguments is None else arguments), begin),
+        StartError, LaunchError, StoreError, interleave_process.SideError,
     )  # fmt: skip
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], begin: float) -> int:
     if arguments[:1] == ["compare"] and "--interleave" in arguments:
         # Its other flags are those of the profiler.
         return interleave.main([word for word in arguments[1:] if word != "--interleave"])
-    parser = Parser(prog="python -m ablations", epilog=COMPARE + (RECOMMEND + TABLE).replace("examples:\n", ""))
+    parser = Parser(
+        prog="python -m ablations", epilog=COMPARE + (recommend.EXAMPLES + TABLE).replace("examples:\n", "")
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     _add_compare(commands.add_parser("compare", help="FASTER, SAME, SLOWER or UNCLEAR, cell by cell", epilog=COMPARE))
-    message = "which attentions fit a grid, a memory and a latency"
-    _add_recommend(commands.add_parser("recommend", help=message, description=RECOMMENDED, epilog=RECOMMEND))
+    recommend.add(commands.add_parser("recommend", help="which attentions fit a grid, a memory and a latency"), begin)
     _add_table(commands.add_parser("table", help="the table of attentions of the README", epilog=TABLE))
     _add_prepare(commands.add_parser("prepare", help="count and predict the cells of a run elsewhere", epilog=PREPARE))
     _add_convert(commands.add_parser("convert", help="bring result files of an older schema up to date, in place"))
@@ -102,62 +89,6 @@ def _compare(given: argparse.Namespace) -> int:
     else:
         show(result, Console())
     return 1 if result.worse else 0
-
-
-def _add_recommend(command: Parser) -> None:
-    sizes = (("height", None), ("width", None), ("dim", 64), ("num-heads", 2), ("batch", 1))
-    for name, default in sizes:
-        message = f"(default: {default})" if default else "tokens"
-        command.add_argument(
-            f"--{name}", type=integer, default=default, required=not default, metavar="N", help=message
-        )
-    command.add_argument("--memory", required=True, metavar="SIZE", help=f"such as 8GiB; units: {', '.join(BYTES)}")
-    command.add_argument("--latency", metavar="TIME", help=f"such as 5ms; units: {', '.join(MILLISECONDS)}")
-    command.add_argument("--mode", choices=CHOICES["mode"], default="forward", help="(default: forward)")
-    command.add_argument("--dtype", choices=CHOICES["dtype"], default="fp32", help="(default: fp32)")
-    message = "cpu, cuda, auto (cuda if there is one; the default), or a folder of --results"
-    command.add_argument("--device", default="auto", metavar="DEVICE", help=message)
-    command.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: results")
-    command.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours"
-    )
-    command.add_argument(
-        "--top", type=integer, default=10, metavar="N", help="rows to show of each table (default: 10)"
-    )
-    command.add_argument("--json", action="store_true", help="print JSON on stdout")
-    command.set_defaults(run=_recommend)
-
-
-def _recommend(given: argparse.Namespace) -> int:
-    asked = _question(given)
-    console = Console(stderr=True)
-    columns = (TextColumn("predicting"), BarColumn(20), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("")
-        answer = recommend(asked, lambda done, total: progress.update(task, completed=done, total=total))
-    if given.json:
-        print(json.dumps(recommend_page.as_json(answer, asked), indent=2))
-    else:
-        recommend_page.show(answer, asked, Console(), given.top)
-    return 0 if answer.fits or answer.unknown else 1
-
-
-def _question(given: argparse.Namespace) -> Question:
-    size = Case(
-        "full", given.height, given.width, given.dim, given.num_heads,
-        mode=given.mode, dtype=given.dtype, batch=given.batch,
-    )  # fmt: skip
-    # Reject heads that do not divide the channels here, instead of once per candidate.
-    replace(size, height=1, width=1, mode="forward").workload("meta")
-    if given.top < 1:
-        raise InvalidOption(f"--top {given.top} is not valid; valid: an integer >= 1")
-    if not given.results.is_dir() and given.results != RESULTS:
-        raise InvalidOption(f"--results {given.results}: no such folder")
-    limits = Limits(amount(given.memory, BYTES), given.latency and amount(given.latency, MILLISECONDS))
-    for plugin in given.plugin:
-        load_plugin(plugin)
-    plugins = tuple(str(Path(plugin).resolve()) for plugin in given.plugin)
-    return Question(size, limits, resolve(given.device, given.results), plugins)
 
 
 def _add_table(command: Parser) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from attention_zoo import MODELS, InvalidOption, load_plugin, names, options
 from attention_zoo.core.options import argument_type
-from profiling.cases.case import CHOICES, Case, available_impls
+from profiling.cases.case import CHOICES, PUBLISHED, Case, available_impls, impls_of_model, stages_from_text
 from profiling.cli import result_page
 from profiling.cli.arguments import Parser, integer, run_reporting
 from profiling.execution import environment, subprocess_runner
@@ -111,6 +111,10 @@ def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
         load_plugin(plugin)
     if chosen.model is not None and chosen.model not in MODELS:
         raise InvalidOption(f"unknown model {chosen.model!r}; valid: {', '.join(MODELS)}")
+    if chosen.block is not None and (chosen.model or chosen.attention) is not None:
+        raise InvalidOption(
+            "--block NAME stands alone; valid with --attention: --model, which takes it into its stages"
+        )
     parser = Parser(
         prog="python -m profiling", epilog=EXAMPLES,
         description="Cost, memory, latency, stages and heaviest operators of one attention or\nmodel, at one size.",
@@ -122,10 +126,13 @@ def _parser(arguments: list[str]) -> tuple[Parser, list[str]]:
 
 
 def _add_choice(parser: Parser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--attention", metavar="NAME", default=None, help=f"one of: {', '.join(names())} (default: bra)")
-    what.add_argument("--block", metavar="NAME", help="a whole Block around that attention")
-    what.add_argument("--model", metavar="NAME", help=f"one of: {', '.join(MODELS)}")
+    message = (
+        f"one of: {', '.join(names())} (default: bra); with --model the attention of all stages, or of "
+        f"each of the four as NAME,NAME,NAME,NAME, where {PUBLISHED} keeps the model's own"
+    )
+    parser.add_argument("--attention", metavar="NAME", default=None, help=message)
+    parser.add_argument("--block", metavar="NAME", help="a whole Block around that attention")
+    parser.add_argument("--model", metavar="NAME", help=f"one of: {', '.join(MODELS)}")
     parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a file with attentions of yours")
 
 
@@ -137,7 +144,8 @@ def _add_common(parser: Parser, chosen: argparse.Namespace) -> None:
     ):  # fmt: skip
         text += f" (default: {default})"
         parser.add_argument(f"--{name}", type=integer, default=default, metavar="N", help=text)
-    impls = ("reference", "sdpa") if chosen.model else available_impls(_name(chosen))
+    stages = stages_from_text(chosen.attention or PUBLISHED) if chosen.model else None
+    impls = impls_of_model(stages) if chosen.model else available_impls(_name(chosen))
     parser.add_argument("--impl", choices=("auto", *impls), default="auto", help="which code runs it")
     for name in ("mode", "dtype", "device"):
         parser.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0] if name != "dtype" else "fp32")
@@ -181,6 +189,8 @@ def _name(chosen: argparse.Namespace) -> str:
 
 
 def _case(args: argparse.Namespace, chosen: dict[str, Any]) -> Case:
+    if args.model and args.attention:
+        chosen["attention"] = stages_from_text(args.attention)
     kind = "model" if args.model else "attention" if args.block is None else "block"
     return Case(
         args.model or _name(args), args.height, args.width,

@@ -9,7 +9,7 @@ from ablations.analysis.latency_lookup import Latency
 from ablations.sweeps import resolution
 from attention_zoo import InvalidOption, get, names, options
 from attention_zoo.core.options import Option
-from profiling.cases.case import Case, available_impls
+from profiling.cases.case import Case, available_impls, stages_as_text
 
 VARIANTS: Mapping[str, Sequence[Any]] = {
     "topk": (1, 4, 16),
@@ -68,15 +68,22 @@ def candidates(size: Case) -> Iterator[Candidate]:
 def command(case: Case, plugins: Sequence[str] = ()) -> list[str]:
     """Return the command that measures a case, one word per flag with its value; defaults are left out.
 
-    Of ``plugins``, which are absolute paths, it contains the one that defines the attention.
+    Of ``plugins``, which are absolute paths, it contains those that define the attentions.
     """
-    declared = options(case.name)
-    chosen = {name: value for name, value in case.options if value != declared[name].default}
-    usual = {"dim": 64, "num_heads": 2, "batch": 1, "mode": "forward", "dtype": "fp32", "device": "cpu"}
-    args = {"attention": case.name, "height": case.height, "width": case.width}
+    model = case.kind == "model"
+    # A model takes the options of BRA for its blocks.
+    declared, given = options("bra" if model else case.name), dict(case.options)
+    stages = given.pop("attention", None) if model else case.name
+    chosen = {name: value for name, value in given.items() if value != declared[name].default}
+    usual = {"batch": 1, "mode": "forward", "dtype": "fp32", "device": "cpu"}
+    usual = usual if model else {"dim": 64, "num_heads": 2} | usual
+    args: dict[str, Any] = {"model": case.name} if model else {}
+    args |= {} if stages is None else {"attention": stages_as_text(stages)}
+    args |= {"height": case.height, "width": case.width}
     args |= {name: getattr(case, name) for name, value in usual.items() if getattr(case, name) != value}
-    module = get(case.name).__module__
-    words = [f"--plugin {shlex.quote(plugin)}" for plugin in plugins if module.endswith(plugin)]
+    inside = [stages] if isinstance(stages, str) else [name for name in stages or () if name is not None]
+    modules = [get(name).__module__ for name in inside]
+    words = [f"--plugin {shlex.quote(path)}" for path in plugins if any(module.endswith(path) for module in modules)]
     words += [f"--{name.replace('_', '-')} {_written(value)}" for name, value in (args | chosen).items()]
     return ["python -m profiling", *words, f"--impl {case.impl}"]
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ablations.analysis.recommend import in_words
-from ablations.analysis.recommend_page import short
+from ablations.analysis.units import in_words, short
 from attention_zoo import InvalidOption, get, names
 from profiling.cases.case import available_impls
 from profiling.schema.row import load

@@ -4,16 +4,17 @@ Memory and MACs are predicted for exactly the requested grid; latency comes from
 """
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
+from ablations.analysis import model_candidates
 from ablations.analysis.candidates import Candidate, candidates
 from ablations.analysis.compare import read
 from ablations.analysis.latency_lookup import LatencyLookup
+from ablations.analysis.units import in_words
 from ablations.harness.sweep import discover
 from attention_zoo import InvalidOption
 from profiling.cases.case import Case
@@ -23,9 +24,11 @@ from profiling.execution.static_analysis import analyze_batch
 from profiling.execution.subprocess_runner import Outcome
 from profiling.schema.row import load
 
-BYTES = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-MILLISECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+RECOMMEND = "recommend"
+"""Name of the file of results with the rows that recommendations have measured, and their ``sweep``."""
 Progress = Callable[[int, int], None]
+Predicted = tuple[Candidate, Outcome]
+"""A candidate and its static analysis."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Device:
-    """Where the step would run: ``cpu`` or ``cuda``, the device's name if known, and what was measured on it."""
+    """Where the step would run.
+
+    Attributes:
+        kind: ``cpu`` or ``cuda``.
+        name: the device's name, if known.
+        rows: what was measured on it.
+        here: whether it is a device of this machine.
+    """
 
     kind: str
     name: str | None
     rows: pd.DataFrame
+    here: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,8 @@ class Question:
     """A request for recommendations.
 
     Attributes:
-        size: grid, channels, heads, batch, mode and dtype; its name and options are ignored.
+        size: grid, channels, heads, batch, mode and dtype; its name and options are ignored. Or a model: its name,
+            pixels, batch, mode and dtype.
         limits: of one step.
         device: where the step would run, from :func:`resolve`.
         plugins: files whose attentions are registered here already, for the processes that predict.
@@ -77,17 +89,28 @@ class Answer:
     refused: list[Candidate]
 
 
-def recommend(asked: Question, progress: Progress | None = None) -> Answer:
-    """Judge every candidate; ``progress`` is called with the numbers of candidates judged and of all."""
-    result = list(candidates(replace(asked.size, device=asked.device.kind)))
-    measured = LatencyLookup(asked.device.rows)
+def predict(asked: Question, progress: Progress | None = None) -> list[Predicted]:
+    """Analyze every candidate; ``progress`` is called with the numbers of candidates done and of all so far.
+
+    In a model, an attention that exceeds the limits is tried again from a later stage on.
+    """
+    size = replace(asked.size, device=asked.device.kind)
     subprocess_runner.start()
-    judged: list[Candidate] = []
-    jobs = [Job(candidate.case, asked.plugins) for candidate in result]
-    for candidate, outcome in zip(result, analyze_batch(jobs), strict=True):
-        judged.append(_judge(candidate, outcome, measured, asked.limits))
-        if progress:
-            progress(len(judged), len(result))
+    if size.kind != "model":
+        return _analyzed(list(candidates(size)), asked, [], progress)
+    result = _analyzed(list(model_candidates.in_all_stages(size)), asked, [], progress)
+    for stage in range(1, model_candidates.STAGES):
+        answer = judge(result, asked)
+        exceeding = [candidate for candidate in answer.refused if exceeds(candidate, asked.limits)]
+        more = model_candidates.from_stage(stage, exceeding, [*answer.fits, *answer.unknown])
+        result = _analyzed(list(more), asked, result, progress)
+    return result
+
+
+def judge(predicted: Sequence[Predicted], asked: Question) -> Answer:
+    """Judge every candidate by its prediction, the results of the device, and the limits."""
+    measured = LatencyLookup(asked.device.rows)
+    judged = [_judge(candidate, outcome, measured, asked.limits) for candidate, outcome in predicted]
     open_, refused = [c for c in judged if not c.why_not], [c for c in judged if c.why_not]
     return Answer(
         sorted((c for c in open_ if not _lacks(c, asked.limits)), key=rank),
@@ -112,34 +135,45 @@ def resolve(text: str, results: Path) -> Device:
         rows = read(results / text)
         if rows.empty:
             raise InvalidOption(f"{results / text}: its files hold no rows yet")
-        return Device(rows["device"].iloc[0], rows["device_name"].iloc[0], rows)
+        kind, name = rows["device"].iloc[0], rows["device_name"].iloc[0]
+        return Device(kind, name, rows, here=_name_here(kind) == name)
     if text not in ("cpu", "cuda", "auto"):
         raise InvalidOption(f"--device {text!r} is not valid; valid: {', '.join(['cpu', 'cuda', 'auto', *folders])}")
     if text == "auto":
         text = "cpu" if environment.check_device("cuda") else "cuda"
-    if environment.check_device(text):
-        return Device(text, None, load())
-    subprocess_runner.start()
-    name = subprocess_runner.call(environment.device_name, text).value
+    name = _name_here(text)
     folder = environment.slug(name or "")
-    return Device(text, name, read(results / folder) if folder in folders else load())
+    return Device(text, name, read(results / folder) if folder in folders else load(), here=name is not None)
 
 
-def amount(text: str, units: Mapping[str, float]) -> float:
-    """The number that ``text`` states in one of ``units``, such as 8GiB; InvalidOption if it states none."""
-    result = re.fullmatch(r"(\d+\.?\d*|\.\d+) *([A-Za-z]+)", text.strip(), re.ASCII)
-    unit = result and {name.lower(): factor for name, factor in units.items()}.get(result[2].lower())
-    if result is None or not unit or not 0 < float(result[1]) * unit < math.inf:
-        example = f"8{[*units][-2]}"
-        raise InvalidOption(f"{text!r} is not valid; valid: a number and one of {', '.join(units)}, such as {example}")
-    return float(result[1]) * unit
+def exceeds(candidate: Candidate, limits: Limits) -> str:
+    """Which limit a candidate exceeds, in words; empty if none, as far as known."""
+    if candidate.memory is not None and candidate.memory > limits.memory:
+        return f"needs {in_words(candidate.memory)}"
+    ms = candidate.latency.ms
+    if limits.latency is not None and ms is not None and ms > limits.latency:
+        return f"takes {ms:.3g} ms ({candidate.latency.source})"
+    return ""
 
 
-def in_words(size: float) -> str:
-    """Bytes, in the binary unit that leaves the fewest digits."""
-    unit = next(unit for unit in reversed(BYTES) if size >= BYTES[unit] or unit == "KiB")
-    value = size / BYTES[unit]
-    return f"{value:,.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
+def _analyzed(
+    more: Sequence[Candidate], asked: Question, before: Sequence[Predicted], progress: Progress | None
+) -> list[Predicted]:
+    """The predictions ``before``, and those of ``more`` candidates."""
+    result = list(before)
+    for candidate, outcome in zip(more, analyze_batch([Job(c.case, asked.plugins) for c in more]), strict=True):
+        result.append((candidate, outcome))
+        if progress:
+            progress(len(result), len(before) + len(more))
+    return result
+
+
+def _name_here(kind: str) -> str | None:
+    """The name of this machine's device of a kind; None if it has none."""
+    if environment.check_device(kind):
+        return None
+    subprocess_runner.start()
+    return subprocess_runner.call(environment.device_name, kind).value
 
 
 def _judge(candidate: Candidate, outcome: Outcome, measured: LatencyLookup, limits: Limits) -> Candidate:
@@ -154,16 +188,7 @@ def _judge(candidate: Candidate, outcome: Outcome, measured: LatencyLookup, limi
         macs=columns["macs_counted"] + (columns["macs_backward_counted"] or 0),
         latency=measured.latency(case),
     )
-    return replace(judged, why_not=measured.failure(case) or _exceeds(judged, limits))
-
-
-def _exceeds(candidate: Candidate, limits: Limits) -> str:
-    if candidate.memory is not None and candidate.memory > limits.memory:
-        return f"needs {in_words(candidate.memory)}"
-    ms = candidate.latency.ms
-    if limits.latency is not None and ms is not None and ms > limits.latency:
-        return f"takes {ms:.3g} ms ({candidate.latency.source})"
-    return ""
+    return replace(judged, why_not=measured.failure(case) or exceeds(judged, limits))
 
 
 def _lacks(candidate: Candidate, limits: Limits) -> bool:
@@ -172,4 +197,4 @@ def _lacks(candidate: Candidate, limits: Limits) -> bool:
 
 
 def _has_rows(folder: Path) -> bool:
-    return bool({path.stem for path in folder.glob("*.csv")} & set(discover()))
+    return bool({path.stem for path in folder.glob("*.csv")} & {*discover(), RECOMMEND})

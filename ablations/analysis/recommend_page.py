@@ -11,14 +11,21 @@ from rich.table import Table
 
 from ablations.analysis.candidates import Candidate, command
 from ablations.analysis.latency_lookup import Latency
-from ablations.analysis.recommend import Answer, Device, Question, in_words
-from profiling.cases.case import Case
+from ablations.analysis.model_candidates import grids, stages
+from ablations.analysis.model_candidates import in_words as stages_in_words
+from ablations.analysis.recommend import Answer, Device, Question
+from ablations.analysis.time_candidates import TIME_IS_UP, Timed
+from ablations.analysis.units import in_words, short
+from profiling.cases.case import PUBLISHED, Case, stages_as_text
 
 WIDTH = 80
 
 
-def show(answer: Answer, asked: Question, console: Console, top: int) -> None:
-    """Print fitting and unknown candidates, best first, ``top`` rows of each; then why the rest does not fit."""
+def show(answer: Answer, asked: Question, console: Console, top: int, timed: Timed | None = None) -> None:
+    """Print fitting and unknown candidates, best first, ``top`` rows of each; then why the rest does not fit.
+
+    With ``timed``, also what of it was measured just now and what was not.
+    """
 
     def tell(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -33,33 +40,59 @@ def show(answer: Answer, asked: Question, console: Console, top: int) -> None:
         tell("\n".join(["Measure with:", *commands, _rest(len(answer.unknown) - top)]))
     if answer.refused:
         console.print(_refused(answer.refused))
-    tell(_legend([*answer.fits[:top], *answer.unknown[:top]], answer.refused))
+    shown = [*answer.fits[:top], *answer.unknown[:top]]
+    tell("\n" + "\n".join(textwrap.fill(line, WIDTH) for line in [*_timing(timed), *_legend(shown, answer, asked)]))
 
 
-def as_json(answer: Answer, asked: Question) -> dict[str, Any]:
-    """Return the complete answer for scripts."""
+def as_json(answer: Answer, asked: Question, timed: Timed | None = None) -> dict[str, Any]:
+    """Return the complete answer for scripts.
+
+    Keys: ``asked``, the request with the device's name; ``fits``, ``unknown`` (a number is missing to decide) and
+    ``does_not_fit``, lists of candidates, the best first; ``timed``, null without ``--measure``, else the ``file`` of
+    the new rows, their ``count``, and in ``not_timed`` the candidates without a row and ``why_not``. A number that is
+    not known is null. In a candidate of a model, ``attention`` is the one in all stages, ``published``, or null with
+    the four in ``stages``.
+    """
     fields = ("height", "width", "dim", "num_heads", "batch", "mode", "dtype")
-    question = {name: getattr(asked.size, name) for name in fields}
+    question: dict[str, Any] = {"model": asked.size.name if asked.size.kind == "model" else None}
+    question |= {name: getattr(asked.size, name) for name in fields}
     question |= {"device": asked.device.kind, "device_name": asked.device.name}
     question |= {"memory_bytes": asked.limits.memory, "latency_ms": asked.limits.latency}
     groups = {"fits": answer.fits, "unknown": answer.unknown, "does_not_fit": answer.refused}
-    return {"asked": question} | {name: [_entry(c, asked.plugins) for c in group] for name, group in groups.items()}
+    result = {"asked": question} | {name: [_entry(c, asked.plugins) for c in group] for name, group in groups.items()}
+    return result | {"timed": timed and _timed_entry(timed, asked)}
 
 
 def label(candidate: Candidate) -> str:
-    """The attention, and the options that differ from its base variant."""
+    """The attention, and the options that differ from its base variant; of a model, the attentions of its stages."""
+    if candidate.case.kind == "model":
+        return stages_in_words(stages(candidate.case))
     words = [candidate.case.name, *(f"{name}={value}" for name, value in candidate.changed)]
     return " ".join([*words, *(["padded"] if candidate.padded else [])])
 
 
 def _entry(candidate: Candidate, plugins: Sequence[str]) -> dict[str, Any]:
     case, latency = candidate.case, candidate.latency
-    return {
-        "attention": case.name, "options": dict(case.options), "impl": case.impl, "padded": candidate.padded,
+    options: dict[str, Any] = dict(case.options)
+    inside: dict[str, Any] = {"attention": case.name}
+    if case.kind == "model":
+        attention = options.pop("attention", None)
+        per_stage = isinstance(attention, tuple)
+        inside = {
+            "model": case.name, "attention": None if per_stage else attention or PUBLISHED,
+            "stages": (stages_as_text(attention) or "").split(",") if per_stage else None,
+        }  # fmt: skip
+    return inside | {
+        "options": options, "impl": case.impl, "padded": candidate.padded,
         "memory_predicted_bytes": candidate.memory, "macs": candidate.macs,
         "latency_ms": latency.ms, "latency_source": latency.source, "latency_grids": latency.grids,
         "why_not": candidate.why_not, "measure_with": " ".join(command(case, plugins)),
     }  # fmt: skip
+
+
+def _timed_entry(timed: Timed, asked: Question) -> dict[str, Any]:
+    skipped = [_entry(candidate, asked.plugins) | {"why_not": why} for candidate, why in timed.skipped]
+    return {"file": str(timed.path), "count": timed.count, "seconds": timed.seconds, "not_timed": skipped}
 
 
 def _headline(answer: Answer, asked: Question) -> str:
@@ -67,8 +100,11 @@ def _headline(answer: Answer, asked: Question) -> str:
     count = len(answer.fits) + len(answer.unknown) + len(answer.refused)
     limit = in_words(limits.memory).replace(" ", "\xa0") + (f" and {limits.latency:g} ms" if limits.latency else "")
     batch = f"batch {size.batch}, " if size.batch > 1 else ""
+    what = f"{size.height} x {size.width} tokens, {batch}dim {size.dim}, {size.num_heads} heads"
+    if size.kind == "model":
+        what = f"{size.name}, {size.height} x {size.width} pixels{batch and ', '}{batch.removesuffix(', ')}"
     text = (
-        f"{size.height} x {size.width} tokens, {batch}dim {size.dim}, {size.num_heads} heads, {size.mode}, "
+        f"{what}, {size.mode}, "
         f"{size.dtype}: {len(answer.fits)} of {count} candidates fit {limit}. {_where(asked.device)}"
     )
     return textwrap.fill(text, WIDTH).replace("\xa0", " ") + "\n"
@@ -77,8 +113,20 @@ def _headline(answer: Answer, asked: Question) -> str:
 def _where(device: Device) -> str:
     if device.name is None:
         return f"No {device.kind} device is here: predicted only."
-    where = f"Latency on {device.name}"
-    return f"{where}." if len(device.rows) else f"{where}: no results yet; python run_all.py measures."
+    return f"Latency on {device.name}{'.' if len(device.rows) else ': no results yet.'}"
+
+
+def _timing(timed: Timed | None) -> list[str]:
+    """What was timed, and what was not."""
+    if timed is None:
+        return []
+    lines = [f"{timed.count} candidates timed now, rows in {timed.path}."] if timed.count else []
+    late = sum(why == TIME_IS_UP for _, why in timed.skipped)
+    lines += [f"Not timed: {label(c)} {c.case.impl}: {why}." for c, why in timed.skipped if why != TIME_IS_UP]
+    if late:
+        message = "the same command again goes on with them, and --seconds gives more time"
+        lines.append(f"{late} more were not begun within {timed.seconds:g} s: {message}.")
+    return lines or ["Nothing to time: all of these have been measured at this size."]
 
 
 def _order(group: Sequence[Candidate]) -> str:
@@ -122,10 +170,14 @@ def _ranked(title: str, group: Sequence[Candidate], size: Case) -> Table:
 def _refused(group: Sequence[Candidate]) -> Table:
     table = _table("Does not fit", ("attention", 31), ("impl", 9), ("why", 38))
     # Of variants refused for the same reason, show the first only.
-    different = {(c.case.name, c.case.impl, c.why_not): c for c in reversed(group)}
+    different = {(_kind_of(c), c.case.impl, c.why_not): c for c in reversed(group)}
     for candidate in reversed(different.values()):
         table.add_row(escape(label(candidate)), escape(candidate.case.impl), escape(candidate.why_not))
     return table
+
+
+def _kind_of(candidate: Candidate) -> str:
+    return label(candidate) if candidate.case.kind == "model" else candidate.case.name
 
 
 def _grids(latency: Latency, size: Case) -> str:
@@ -138,32 +190,36 @@ def _grids(latency: Latency, size: Case) -> str:
     return f"> {high}" if size.height > latency.grids[-1][0] else f"< {low}"
 
 
-def _legend(group: Sequence[Candidate], refused: Sequence[Candidate]) -> str:
+def _legend(shown: Sequence[Candidate], answer: Answer, asked: Question) -> list[str]:
     lines = ["memory: predicted peak of one step. MACs: of one step, backward included where there is one."]
-    sources = {candidate.latency.source for candidate in group}
+    sources = {candidate.latency.source for candidate in shown}
     words = {
         "measured": "measured: this very cell", "interpolated": "a..b: interpolated between these measured grids",
         "outside": "> a, < a: beyond the measured grids, so not known", "none": "none: never measured",
     }  # fmt: skip
     if message := [text for source, text in words.items() if source in sources]:
         lines.append(f"source: {'; '.join(message)}.")
-    if sources & {"none", "outside"}:
-        lines.append("`python -m profiling --attention NAME` with the same size times one of them here.")
-    if any(candidate.padded for candidate in (*group, *refused)):
+    if sources - {"measured"}:
+        lines.append(_how_to_measure(asked.device))
+    if any(candidate.padded for candidate in (*shown, *answer.refused)):
         lines.append("padded: n_win does not divide the grid, which auto_pad fills up with zeros.")
-    lines.append("Options not shown are those of the resolution sweep; --json has them all.")
-    return "\n" + "\n".join(textwrap.fill(line, WIDTH) for line in lines)
+    if asked.size.kind == "model":
+        grids_ = ", ".join(f"{height} x {width}" for height, width in grids(asked.size))
+        lines.append(f"The stages have {grids_} tokens. One that does not fit in all is tried from a later one on.")
+        lines.append("Options are those of the publications, by stage where they say so; n_win 7, padded.")
+    else:
+        lines.append("Options not shown are those of the resolution sweep; --json has them all.")
+    return lines
+
+
+def _how_to_measure(device: Device) -> str:
+    if device.here:
+        return "The same command with --measure times the best here: as many as 60 s allow, or --measure N of them."
+    return f"The same command with --measure times the best, on a machine with {device.name or device.kind}."
 
 
 def _rest(count: int) -> str:
     return f"... and {count} more: --top N shows more, --json all\n" if count > 0 else ""
-
-
-def short(count: int) -> str:
-    """Format a count with three digits and a unit: M, G or T."""
-    unit, scale = next((u, s) for u, s in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1)) if count >= s or not u)
-    value = count / scale
-    return f"{value:.0f} {unit}" if value >= 99.5 else f"{value:.3g} {unit}"
 
 
 def _folded(words: Sequence[str]) -> str:

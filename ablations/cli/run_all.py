@@ -5,18 +5,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ablations.analysis import run_summary
+from ablations.cli.progress import progress
 from ablations.harness.devices import LaunchError
 from ablations.harness.local_runner import Launcher, Settings
 from ablations.harness.results_store import StoreError, check_results_folder
@@ -218,7 +216,7 @@ def _dry_run_json(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
 
 def _measure(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
     start, first = time.perf_counter(), 0.0
-    with _progress() as tell:
+    with progress() as tell:
         for cell, number, total in launcher.run(sweeps):
             first = first or time.perf_counter()
             tell(number, total, f"{cell.sweep}: {cell.case}", f"[{number + 1}/{total}{_left(first, number, total)}] ")
@@ -237,7 +235,7 @@ def _left(start: float, done: int, total: int) -> str:
 def _campaign(campaign: Campaign) -> int:
     start = time.perf_counter()
     try:
-        with _progress() as tell:
+        with progress() as tell:
             for state in campaign.run():
                 tell(state.done, state.total, str(state), f"[{state.done}/{state.total}] ")
     except KeyboardInterrupt:
@@ -247,26 +245,3 @@ def _campaign(campaign: Campaign) -> int:
         if campaign.report.files:
             run_summary.show(campaign.report, time.perf_counter() - start)
     return 0
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str, str], None]]:
-    """Yield a function that shows progress: as a bar on a terminal, otherwise as a line per change."""
-    console = Console(stderr=True)
-    columns = (
-        BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(compact=True),
-        TextColumn("{task.description}", markup=False),
-    )  # fmt: skip
-    said = ""
-    with Progress(*columns, console=console, disable=not console.is_terminal, refresh_per_second=1) as progress:
-        task = progress.add_task("planning")
-
-        def tell(number: int, total: int, what: str, where: str) -> None:
-            nonlocal said
-            progress.update(task, total=total, completed=number, description=what)
-            if not console.is_terminal and where + what != said:
-                said = where + what
-                print(said, file=sys.stderr, flush=True)
-
-        yield tell
-        progress.update(task, completed=progress.tasks[0].total, description="done")

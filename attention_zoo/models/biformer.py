@@ -14,6 +14,8 @@ from attention_zoo.models.block import Block
 
 HEAD_DIM = 32
 TOPK = (1, 4, 16, -2)
+ATTENTIONS = ("bra", "lepe")
+"""The attentions that TOPK stands for."""
 
 
 class STLBlock(Block):
@@ -99,21 +101,36 @@ class BiFormer(nn.Module):
             x = stage(downsample(x))
         return self.head(self.norm(x).mean(dim=(2, 3)))
 
+    def grids(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Rows and columns of tokens in each stage, for an image of ``height x width`` pixels."""
+        result = []
+        for downsample in self.downsample_layers:
+            for layer in downsample.modules():
+                if isinstance(layer, nn.Conv2d):
+                    height, width = _size_after(layer, height, width)
+            result.append((height, width))
+        return result
+
     def macs(self, height: int, width: int) -> Macs:
         """The analytic cost of one image, from its convolutions, linear maps and matrix products."""
         cost = Macs()
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             for layer in downsample.modules():
                 if isinstance(layer, nn.Conv2d):
-                    height, width = (
-                        (side + 2 * int(layer.padding[axis]) - layer.kernel_size[axis]) // layer.stride[axis] + 1
-                        for axis, side in enumerate((height, width))
-                    )
+                    height, width = _size_after(layer, height, width)
                     cost += Macs(other=height * width * layer.weight.numel())
             for block in stage.modules():
                 if isinstance(block, Block):
                     cost += block.macs(height, width)
         return cost + Macs(other=self.head.weight.numel() if isinstance(self.head, nn.Linear) else 0)
+
+
+def _size_after(layer: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
+    rows, columns = (
+        (side + 2 * int(layer.padding[axis]) - layer.kernel_size[axis]) // layer.stride[axis] + 1
+        for axis, side in enumerate((height, width))
+    )
+    return rows, columns
 
 
 def _published(name: str | None, stage: int) -> dict[str, Any]:

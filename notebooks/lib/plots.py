@@ -99,7 +99,7 @@ def load() -> Results:
     files: dict[str, list[Path]] = {}
     root = ROOT / os.environ.get("ATTENTION_RESULTS", "results")
     for path in sorted(root.glob("*/*.csv")):
-        if path.name != "peaks.csv":
+        if path.name not in ("peaks.csv", "recommend.csv"):
             files.setdefault(path.parent.name, []).append(path)
     tables = {}
     for folder, paths in files.items():

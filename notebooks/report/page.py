@@ -92,7 +92,7 @@ def write(folder: Path) -> Path:
         FileNotFoundError: there is no sweep's CSV in ``folder``.
         SchemaError: a CSV there is of another schema.
     """
-    files = sorted(path for path in folder.glob("*.csv") if path.name != "peaks.csv")
+    files = sorted(path for path in folder.glob("*.csv") if path.name not in ("peaks.csv", "recommend.csv"))
     if not files:
         raise FileNotFoundError(f"{folder} holds no results of any sweep; `python run_all.py` makes them")
     path = folder / NAME

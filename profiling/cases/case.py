@@ -1,5 +1,6 @@
 """A case: what is measured. It holds only names and numbers, so it serves as key, row and message."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from attention_zoo import MODELS, Attention, Block, InvalidOption, build, get, options
+from attention_zoo.models.biformer import ATTENTIONS
 from profiling.cases.workload import PARAMETERS, Dtype, Mode, Workload
 from profiling.schema.row import KEY, as_text
 from profiling.schema.row import KINDS as COLUMN_KINDS
@@ -15,6 +17,8 @@ KINDS = ("attention", "block", "model")
 CHOICES = {"mode": get_args(Mode), "dtype": get_args(Dtype), "device": ("cpu", "cuda"), "kind": KINDS}
 LARGEST = 2**16
 """Maximum of any size; beyond it, element counts overflow."""
+PUBLISHED = "published"
+"""The word for a stage that keeps the attention of the published model."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class Case:
         if self.kind == "model":
             key_columns["dim"] = key_columns["num_heads"] = None
         chosen = self.all_options()
+        if self.kind == "model" and "attention" in chosen:
+            chosen["attention"] = stages_as_text(chosen["attention"])
         key_columns |= {name: value for name, value in chosen.items() if _has_column(name, value)}
         rest = {name: value for name, value in chosen.items() if not _has_column(name, value)}
         key_columns["other_options"] = " ".join(f"{name}={as_text(value)}" for name, value in rest.items())
@@ -149,7 +155,9 @@ class Case:
         return defaults | dict(self.options)
 
     def __str__(self) -> str:
-        chosen = " ".join(f"{name}={value}" for name, value in self.options)
+        chosen = " ".join(
+            f"{name}={value if name != 'attention' else stages_as_text(value)}" for name, value in self.options
+        )
         size = f"{self.height}x{self.width}" + (f"x{self.dim}" if self.kind != "model" else "")
         unmodified = ("auto", "reference")
         extras = [self.impl if self.impl not in unmodified else "", self.dtype if self.dtype != "fp32" else ""]
@@ -164,6 +172,27 @@ OPTION_COLUMNS = set(KEY) - {f.name for f in fields(Case)} - {"sweep", "impl_req
 def _has_column(name: str, value: Any) -> bool:
     # A plugin's option may share its name with a column.
     return name in OPTION_COLUMNS and _fits(name, value)
+
+
+def stages_as_text(attention: str | Sequence[str | None] | None) -> str | None:
+    """The attentions of a model as one word: the name for all stages, or four names with commas between them."""
+    if attention is None or isinstance(attention, str):
+        return attention
+    return ",".join(name or PUBLISHED for name in attention)
+
+
+def stages_from_text(text: str) -> str | tuple[str | None, ...] | None:
+    """The argument ``attention`` of a model that :func:`stages_as_text` wrote as ``text``; names are not checked."""
+    names = [None if name.strip() == PUBLISHED else name.strip() for name in text.split(",")]
+    return names[0] if len(names) == 1 else tuple(names)
+
+
+def impls_of_model(attention: str | Sequence[str | None] | None) -> tuple[str, ...]:
+    """The implementations that all attentions of a model have, the plainest first; InvalidOption if one is unknown."""
+    every = [attention] if attention is None or isinstance(attention, str) else attention
+    inside = dict.fromkeys(one for name in every for one in (ATTENTIONS if name is None else (name,)))
+    first, *rest = map(available_impls, inside)
+    return tuple(impl for impl in first if all(impl in others for others in rest))
 
 
 def available_impls(name: str) -> tuple[str, ...]:

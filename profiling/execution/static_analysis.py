@@ -52,12 +52,15 @@ def _theory(job: Job) -> dict[str, Any]:
 
 def _refusal(case: Case) -> str | None:
     """Why the case's implementation cannot run on its device; None if it can, or if the device is not here."""
+    if case.impl == "auto" or (case.device == "cuda" and not torch.cuda.is_available()):
+        return None
     with torch.device("meta"):
         module = case.module()
-    if not isinstance(module, Attention) or type(module).unsupported is Attention.unsupported or case.impl == "auto":
-        return None
-    if case.device == "cuda" and not torch.cuda.is_available():
-        return None
     dtype = PARAMETERS.get(case.dtype, torch.float32)
-    # One element at any size.
-    return module.unsupported(case.impl, torch.empty((), dtype=dtype, device=case.device).expand(case.shape()))
+    inside = [m for m in module.modules() if isinstance(m, Attention)]
+    for attention in (m for m in inside if type(m).unsupported is not Attention.unsupported):
+        # One element at any size.
+        x = torch.empty((), dtype=dtype, device=case.device).expand(case.batch, 1, 1, attention.dim)
+        if reason := attention.unsupported(case.impl, x if case.kind == "model" else x.expand(case.shape())):
+            return reason
+    return None

@@ -70,7 +70,9 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("profiling", "--block none", "unknown attention 'none'; valid: .*bra"),
         ("profiling", "--model none", "unknown model 'none'; valid: biformer_tiny, .*biformer_stl"),
         ("profiling", "--model=", "unknown model ''; valid: biformer_tiny"),
-        ("profiling", "--model biformer_tiny --attention bra", "not allowed with argument"),
+        ("profiling", "--block window --attention bra", "--block NAME stands alone; valid with --attention: --model"),
+        ("profiling", "--model biformer_tiny --attention full,none,bra,bra", "unknown attention 'none'; valid: .*bra"),
+        ("profiling", "--model biformer_tiny --attention full,bra", "a model has four stages; name one or four"),
         ("profiling", "--window-size 7", "unrecognized arguments: --window-size 7; valid: .*--n-win, --topk"),
         (
             "profiling",

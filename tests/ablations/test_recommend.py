@@ -17,7 +17,8 @@ from ablations.__main__ import main
 from ablations.analysis import recommend_page
 from ablations.analysis.candidates import Candidate, candidates, command
 from ablations.analysis.latency_lookup import Latency, LatencyLookup
-from ablations.analysis.recommend import BYTES, MILLISECONDS, Answer, Device, Limits, Question, amount, in_words, rank
+from ablations.analysis.recommend import Answer, Device, Limits, Question, rank
+from ablations.analysis.units import BYTES, MILLISECONDS, amount, in_words
 from ablations.cli import run_all as run_all
 from ablations.harness.sweep import discover
 from attention_zoo import InvalidOption, load_plugin, names
