@@ -21,6 +21,7 @@ def add(
     bra: "BiLevelRoutingAttention",
     out: Float[Tensor, "b h w c"],
     x: Float[Tensor, "b h w c"],
+    side: int,
     q: Float[Tensor, "b p e"],
     k: Float[Tensor, "b p e"],
     v: Float[Tensor, "b p c"],
@@ -32,11 +33,12 @@ def add(
         bra: the module, for its gate and options.
         out: attention to the routed regions, LePE included.
         x: the padded input, from which the gate is projected.
+        side: regions per side.
         q, k, v: means of the regions.
         valid: True where the grid holds a real token; regions without any are no keys.
     """
     assert bra.coarse_gate is not None
-    side, bias = round(q.shape[1] ** 0.5), None
+    bias = None
     if valid is not None:
         empty = ~_tiles(valid[None, :, :, None], side).any(dim=4).any(dim=2).flatten()
         bias = torch.zeros_like(empty, dtype=q.dtype).masked_fill(empty, float("-inf"))[None, None, None]

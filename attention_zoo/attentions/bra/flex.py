@@ -79,7 +79,7 @@ def forward(
         out = out + rearrange(bra.lepe(grid), "b c h w -> b h w c")
     if bra.coarse_gate is not None:
         means = q.mean(dim=(2, 3)), *kv.mean(dim=(2, 3)).split([e, bra.dim], dim=-1)
-        out = coarse_gate.add(bra, out, x, *means)
+        out = coarse_gate.add(bra, out, x, side, *means)
     return out, index, strength
 
 

@@ -36,9 +36,9 @@ def forward(
         q, kv = bra.qkv(regions.to_regions(x, side, side)).split([bra.qk_dim, bra.qk_dim + bra.dim], dim=-1)
         valid_pyx = None if valid is None else regions.to_regions(valid[None, :, :, None], side, side)[0, ..., 0]
         kv_bpsd, valid_bps = _downsample(bra, kv, valid_pyx)
-    with stage("bra.route"):
         # With per_token_routing every query token is routed like a region of its own.
         alike = rearrange(q, "b p y x e -> b (p y x) 1 1 e") if bra.per_token_routing else q
+    with stage("bra.route"):
         index, weight = bra.router(
             _descriptor(alike, None if bra.per_token_routing else valid_pyx),
             _descriptor(kv[..., : bra.qk_dim], valid_pyx),

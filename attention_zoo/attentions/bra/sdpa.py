@@ -55,9 +55,9 @@ def forward(
     with stage("bra.project"):
         q, k, v = _projected(bra, x, side)
         few_k, few_v, pieces = _pieces(bra, k, v, side)
+        alike = q.flatten(1, 2)[:, :, None] if bra.per_token_routing else q
     with stage("bra.route"):
         k_mean = _pooled(k, tall, wide)
-        alike = q.flatten(1, 2)[:, :, None] if bra.per_token_routing else q
         index, strength = bra.router(alike.mean(dim=2), k_mean)
     with stage("bra.attend"):
         factor = _factor(bra, strength)
@@ -82,7 +82,7 @@ def forward(
         out = out.reshape(x.shape)
     if bra.coarse_gate is not None:
         with stage("bra.coarse"):
-            out = coarse_gate.add(bra, out, x, q.mean(dim=2), k_mean, _pooled(v, tall, wide))
+            out = coarse_gate.add(bra, out, x, side, q.mean(dim=2), k_mean, _pooled(v, tall, wide))
     return out, index, strength
 
 

@@ -89,7 +89,7 @@ def forward(
     if bra.coarse_gate is not None:
         with stage("bra.coarse"):
             q, k, v = coarse_gate.means(qkv, side, valid).split([e, e, bra.dim], dim=-1)
-            out = coarse_gate.add(bra, out, x, q, k, v, valid)
+            out = coarse_gate.add(bra, out, x, side, q, k, v, valid)
     return out, index, strength
 
 
