@@ -190,12 +190,12 @@ def _routing(results: Results, mode: str) -> Iterator[str]:
     """What each further option of the topk sweep costs beside the same cells without it."""
     rows = results.sweep("topk").query("mode == @mode and status == 'ok'")
     columns = ["macs_counted", "latency_p50_ms", "memory_peak_bytes"]
-    cells = rows.set_index(VARIANTS)[columns].astype(float)
+    cells = rows.set_index(list(VARIANTS))[columns].astype(float)
     more = rows["other_options"].notna().to_numpy()
-    without = cells[~more].groupby(level=VARIANTS).median()
+    without = cells[~more].groupby(level=list(VARIANTS)).median()
     for options, impl in rows.loc[more, ["other_options", "impl_requested"]].drop_duplicates().itertuples(index=False):
         chosen = ((rows["other_options"] == options) & (rows["impl_requested"] == impl)).fillna(False).to_numpy()
-        ratios = (cells[chosen].groupby(level=VARIANTS).median() / without).dropna(how="all")
+        ratios = (cells[chosen].groupby(level=list(VARIANTS)).median() / without).dropna(how="all")
         if len(ratios):
             macs, time, memory = ratios.median()
             topks = ", ".join(str(topk) for topk in sorted(set(ratios.index.get_level_values("topk"))))
