@@ -54,8 +54,9 @@ def forward(
         elif bra.diff_routing:
             # Adds exactly zero: the values do not change, and the weight gets its gradient.
             routed = routed * (1 + (weight - weight.detach()))[..., None, None]
+        queries = rearrange(alike, "b p y x e -> b p (y x) e")
         mask = None if valid_bps is None else rearrange(gather(valid_bps[..., None], index), "b p k s 1 -> b p (k s)")
-        out = _attend(bra, rearrange(alike, "b p y x e -> b p (y x) e"), routed, mask)
+        out = _attend(bra, queries, routed, mask)
         out = regions.from_regions(out.view(*q.shape[:-1], bra.dim), side, side)
     if lepe is not None:
         with stage("bra.lepe"):
