@@ -31,7 +31,10 @@ SMALLEST_TILE, LARGEST_TILE = 16, 128
 def unsupported(bra: "BiLevelRoutingAttention", x: Float[Tensor, "b h w c"]) -> str | None:
     """Why FlexAttention cannot run ``bra`` on ``x``; None if it can."""
     if bra.per_token_routing:
-        return "a block of FlexAttention's mask is a region of queries, which per_token_routing=True routes apart"
+        return (
+            "a block of FlexAttention's mask is a region of queries, which per_token_routing=True routes apart; "
+            "valid with it: reference, sdpa"
+        )
     if bra.soft_routing or bra.diff_routing:
         return "FlexAttention weighs no values by their region, which soft_routing and diff_routing ask for"
     if x.is_meta:

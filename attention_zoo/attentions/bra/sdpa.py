@@ -78,12 +78,12 @@ def forward(
             # The sum takes the layout of its first term, that of the grid. Under autograd an in-place sum would copy.
             local = local.reshape(out.shape)
             out = local + out if torch.is_grad_enabled() or bra.lepe._forward_hooks else local.add_(out)
-    with stage("bra.output"):
-        out = out.reshape(x.shape)
     if bra.coarse_gate is not None:
         with stage("bra.coarse"):
-            out = coarse_gate.add(bra, out, x, side, q.mean(dim=2), k_mean, _pooled(v, tall, wide))
-    return out, index, strength
+            means = q.mean(dim=2), k_mean, _pooled(v, tall, wide)
+            out = coarse_gate.add(bra, out.reshape(x.shape), x, side, *means)
+    with stage("bra.output"):
+        return out.reshape(x.shape), index, strength
 
 
 def _projected(

@@ -40,7 +40,10 @@ def unsupported(bra: "BiLevelRoutingAttention", x: Tensor) -> str | None:
     """Why the kernels cannot run on ``x``; None if they can. Shapes alone need no Triton if ``impl`` is explicit."""
     head = max(bra.qk_dim, bra.dim) // bra.num_heads
     if bra.per_token_routing:
-        return "its kernels route whole regions of queries, and per_token_routing=True routes each token"
+        return (
+            "its kernels route whole regions of queries, and per_token_routing=True routes each token; "
+            "valid with it: reference, sdpa"
+        )
     if bra.scale <= 0:
         return f"its kernels need a positive scale, and qk_scale is {bra.scale}"
     if x.dtype == torch.float64:
