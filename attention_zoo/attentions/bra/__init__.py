@@ -55,10 +55,12 @@ class BiLevelRoutingAttention(Attention):
         mask_padding: exclude that padding from descriptors, pooling, attention and LePE. The published code,
             and the default here, attends to it.
         coarse_gate: add multi-head attention among the regions' mean queries, keys and values, with the same scale,
-            times a gate that a linear map projects from the input: one factor per token and channel. Before the
-            output projection, as the coarse stage of video sparse attention (VSA, section 2.2), without its gate of
-            the fine stage, which its code leaves out too. To adapt a checkpoint, start from a gate of zero, as there
-            in section 2.3. Means are those of the descriptors, before any reduction, but pass gradients on.
+            times a gate that a linear map projects from the input: one factor per token and channel. It is added
+            before the output projection, like the coarse stage of video sparse attention (VSA, section 2.2), but
+            without a gate of the fine stage, which VSA's code leaves out too. Means are taken before any reduction,
+            of real tokens if padding is masked, and pass gradients on. Routes do not change: in VSA the scores of
+            the coarse stage choose them, for each head. To adapt a checkpoint, start with a gate of zero (there,
+            section 2.3); it is initialised like any linear map. In ``macs`` its parts are projection and attention.
         per_token_routing: each token chooses its regions by its own query against the regions' mean keys, as in
             mixture of block attention (MoBA, eq. 4 to 6); routing weights are per token then. Heads still share
             routes, and no region is always chosen: there each head chooses, and a token's own block is always met.

@@ -45,7 +45,7 @@ def add(
     by_head = [split_heads(t, bra.num_heads) for t in (q, k, v)]
     coarse = merge_heads(softmax_attention(by_head[0], by_head[1], by_head[2], bra.scale, bias, impl="sdpa"))
     of_region, gate = coarse.view(len(x), side, 1, side, 1, bra.dim), _tiles(bra.coarse_gate(x), side)
-    return torch.addcmul(_tiles(out, side), gate, of_region).view(x.shape)
+    return torch.addcmul(_tiles(out, side), gate, of_region).reshape(x.shape)
 
 
 def means(x: Float[Tensor, "b h w d"], side: int, valid: Bool[Tensor, "h w"] | None = None) -> Float[Tensor, "b p d"]:
