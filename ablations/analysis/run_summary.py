@@ -68,7 +68,7 @@ def _memory_limit(rows: pd.DataFrame) -> str | None:
 
 def _topk(rows: pd.DataFrame) -> str | None:
     cells = _measured(rows, "topk")
-    cells = cells[cells["n_win"] == "7"]
+    cells = cells[(cells["n_win"] == "7") & cells["other_options"].isna()]
     if cells["topk"].nunique() < 2:
         return None
     by_topk = cells.groupby("topk")[["latency_p50_ms", "macs_counted"]].median()

@@ -33,6 +33,8 @@ class Sweep:
         axes: values of fields of a Case, of options, or of ``grid`` (height and width at once, or a pair of them).
             A tuple of names is one axis, whose values are tuples too. The values may be a function, called when the
             sweep runs, so that it sees plugins.
+        also: further products of axes, run after the others except under ``--smoke``; an option that only they name
+            takes its default elsewhere.
         on_cuda: products of axes to run on CUDA instead, in order, the most valuable first: GPU time is short. A case
             in several products is run once.
         fixed: as axes, with one value each; axes override them.
@@ -54,6 +56,7 @@ class Sweep:
     question: str
     expect: str
     axes: Axes
+    also: Sequence[Axes] = ()
     on_cuda: Sequence[Axes] = ()
     fixed: Values = field(default_factory=dict)
     smoke: Axes = field(default_factory=dict)
@@ -74,7 +77,7 @@ class Sweep:
 
     def cases(self, device: str, smoke: bool = False) -> list[Case]:
         """All cases in the order of the axes, each once per replicate."""
-        products = [dict(self.axes) | dict(self.smoke)] if smoke else [self.axes]
+        products = [dict(self.axes) | dict(self.smoke)] if smoke else [self.axes, *self.also]
         if device == "cuda" and self.on_cuda and not smoke:
             products = list(self.on_cuda)
         chosen = [case for axes in products for case in self._product(axes, device)]

@@ -28,7 +28,7 @@ class Block(nn.Module):
         drop_path: rate of stochastic depth on both residual branches.
         layer_scale_init_value: if > 0, both branches have learned per-channel factors with this initial value.
         num_heads, n_win, qk_dim, qk_scale, kv_*, topk, param_*, *_routing, side_dwconv, auto_pad,
-        mask_padding: options of BiLevelRoutingAttention, documented there.
+        mask_padding, coarse_gate, per_token_routing: options of BiLevelRoutingAttention, documented there.
         mlp_ratio: hidden channels of the MLP over ``dim``.
         mlp_dwconv: put a 3x3 depthwise convolution into the MLP.
         before_attn_dwconv: kernel of the depthwise convolution that is added to x before attention; 0: none.
@@ -63,6 +63,8 @@ class Block(nn.Module):
         pre_norm: bool = True,
         auto_pad: bool = False,
         mask_padding: bool = False,
+        coarse_gate: bool = False,
+        per_token_routing: bool = False,
         attention: str | None = None,
         impl: str = "reference",
         **options: Any,
@@ -74,7 +76,8 @@ class Block(nn.Module):
             kv_per_win=kv_per_win, kv_downsample_ratio=kv_downsample_ratio,
             kv_downsample_kernel=kv_downsample_kernel, param_attention=param_attention,
             param_routing=param_routing, diff_routing=diff_routing, soft_routing=soft_routing,
-            side_dwconv=side_dwconv, auto_pad=auto_pad, mask_padding=mask_padding,
+            side_dwconv=side_dwconv, auto_pad=auto_pad, mask_padding=mask_padding, coarse_gate=coarse_gate,
+            per_token_routing=per_token_routing,
         )  # fmt: skip
         if attention is None and options:
             raise InvalidOption(f"Block has no option {next(iter(options))!r}; name an attention= that takes it")

@@ -32,7 +32,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Routes:
-    """The routes of one region.
+    """The routes of the region of a query, or with per_token_routing of its token.
 
     Attributes:
         side: regions per side S.
@@ -133,12 +133,14 @@ def _routes(
         raise InvalidOption(f"topk={topk} exceeds the {side**2} regions; valid: 1 to {side**2}")
     row, column = (at * side // pixels for at, pixels in zip(query, picture.shape[1:], strict=True))
     region = row * side + column
+    token = tuple(at * n // pixels for at, n, pixels in zip(query, x.shape[1:3], picture.shape[1:], strict=True))
+    place = (0, *token) if bra.per_token_routing else (0, region)
     ranked = {}
     trained = bra.router.topk
     for k in _shown(side**2) if topk is None else [topk]:
         bra.router.topk = k
         index, weight = bra.routes(x)
-        ranked[k] = index[0, region].tolist(), weight[0, region].tolist()
+        ranked[k] = index[place].tolist(), weight[place].tolist()
     bra.router.topk = trained
     return side, region, ranked
 

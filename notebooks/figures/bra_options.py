@@ -13,7 +13,20 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from notebooks.figures.curves import FAILED, failed_marks, log_ticks, short_reason
 from notebooks.lib.limits import MODES
-from notebooks.lib.plots import FAINT, MIB, SETTING, Results, caption, needs, number, save, say, usual
+from notebooks.lib.plots import (
+    FAINT,
+    MIB,
+    SETTING,
+    VARIANTS,
+    Results,
+    caption,
+    needs,
+    number,
+    save,
+    say,
+    usual,
+    without_more,
+)
 
 METRICS = {"latency_p50_ms": ("latency, ms (median)", 1.0), "memory_peak_bytes": ("peak memory, MiB", MIB)}
 KV_STYLES = {
@@ -30,7 +43,7 @@ KV_STYLES = {
 @needs("topk")
 def topk_maps(results: Results) -> Figure:
     """Heat maps of latency and memory over topk and regions per side, a column of panels per mode."""
-    rows = usual(results.sweep("topk"), SETTING)
+    rows = usual(without_more(results.sweep("topk")), SETTING)
     modes = [mode for mode in MODES if (rows["mode"] == mode).any()]
     topks = sorted(rows["topk"].dropna().unique())
     width, height = 1 + (2.4 + 0.42 * len(topks)) * len(modes), 2.8 + 0.8 * rows["n_win"].nunique()
@@ -152,13 +165,13 @@ def _kv_panel(ax: Axes, rows: pd.DataFrame, metric: str, mode: str) -> None:
 
 def findings(results: Results) -> list[str]:
     """Sentences computed from the rows of the topk and kv_downsample sweeps."""
-    result = [sentence for mode in MODES for sentence in (*_topk(results, mode), *_kv(results, mode))]
+    result = [sentence for mode in MODES for part in (_topk, _routing, _kv) for sentence in part(results, mode)]
     say(*result)
     return result
 
 
 def _topk(results: Results, mode: str) -> Iterator[str]:
-    rows = usual(results.sweep("topk"), SETTING).query("mode == @mode and status == 'ok'")
+    rows = usual(without_more(results.sweep("topk")), SETTING).query("mode == @mode and status == 'ok'")
     counts = rows.groupby("n_win")["topk"].nunique().sort_values(kind="stable")
     if counts.empty or counts.iloc[-1] < 2:
         return
@@ -171,6 +184,25 @@ def _topk(results: Results, mode: str) -> Iterator[str]:
         f"{MODES[mode].capitalize()}, n_win {n_win}: topk {high} instead of {low} costs {macs:.1f}x the MACs, "
         f"{time:.1f}x the time and {memory:.1f}x the memory."
     )
+
+
+def _routing(results: Results, mode: str) -> Iterator[str]:
+    """What each further option of the topk sweep costs beside the same cells without it."""
+    rows = results.sweep("topk").query("mode == @mode and status == 'ok'")
+    columns = ["macs_counted", "latency_p50_ms", "memory_peak_bytes"]
+    cells = rows.set_index(list(VARIANTS))[columns].astype(float)
+    more = rows["other_options"].notna().to_numpy()
+    without = cells[~more].groupby(level=list(VARIANTS)).median()
+    for options, impl in rows.loc[more, ["other_options", "impl_requested"]].drop_duplicates().itertuples(index=False):
+        chosen = ((rows["other_options"] == options) & (rows["impl_requested"] == impl)).fillna(False).to_numpy()
+        ratios = (cells[chosen].groupby(level=list(VARIANTS)).median() / without).dropna(how="all")
+        if len(ratios):
+            macs, time, memory = ratios.median()
+            topks = ", ".join(str(topk) for topk in sorted(set(ratios.index.get_level_values("topk"))))
+            yield (
+                f"{MODES[mode].capitalize()}, {impl}, topk {topks}: {options} costs {macs:.2f}x the MACs, "
+                f"{time:.2f}x the time and {memory:.2f}x the memory."
+            )
 
 
 def _kv(results: Results, mode: str) -> Iterator[str]:

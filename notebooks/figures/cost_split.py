@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from notebooks.lib.plots import FAINT, INK, Results, caption, needs, number, save, say
+from notebooks.lib.plots import FAINT, INK, Results, caption, needs, number, save, say, without_more
 
 PARTS = {"projection": "#0072B2", "routing": "#D55E00", "attention": "#009E73", "local_conv": "#E69F00"}
 
@@ -43,7 +43,9 @@ def _alike(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _forward(results: Results, sweep: str) -> pd.DataFrame:
-    return results.sweep(sweep).query("mode == 'forward'").dropna(subset=["macs_analytic", "macs_attention"])
+    return (
+        without_more(results.sweep(sweep)).query("mode == 'forward'").dropna(subset=["macs_analytic", "macs_attention"])
+    )
 
 
 def _labelled(rows: pd.DataFrame, column: str) -> pd.DataFrame:

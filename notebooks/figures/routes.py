@@ -8,7 +8,7 @@ import pandas as pd
 from IPython.display import Image, display
 
 from notebooks.lib.export import markdown
-from notebooks.lib.plots import ROOT, Results, needs, number, say
+from notebooks.lib.plots import ROOT, Results, needs, number, say, without_more
 from notebooks.lib.programs import figures_folder, run, torch_is_there
 
 QUERY = "0.37,0.44"
@@ -40,7 +40,11 @@ def draw(query: str = QUERY, options: str = OPTIONS, image: str = IMAGE) -> None
 
 def reached(results: Results) -> pd.DataFrame:
     """Regions and tokens that a query attends to, over n_win and topk; from the forward rows of the topk sweep."""
-    rows = results.sweep("topk").query("mode == 'forward'").dropna(subset=["kv_tokens_per_query", "regions_per_side"])
+    rows = (
+        without_more(results.sweep("topk"))
+        .query("mode == 'forward'")
+        .dropna(subset=["kv_tokens_per_query", "regions_per_side"])
+    )
     tokens = (rows["height"] * rows["width"]).astype(float)
     result = pd.DataFrame({
         "n_win": rows["n_win"], "topk": rows["topk"].astype(int),

@@ -210,6 +210,11 @@ def usual(rows: pd.DataFrame, among: Iterable[str] = SHAPE) -> pd.DataFrame:
     return rows
 
 
+def without_more(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that set no option without a column of its own, such as BRA's coarse_gate."""
+    return rows[rows["other_options"].isna()]
+
+
 def _word(column: str, value: Any) -> str:
     if column in ("compiled", "cuda_graph", "deterministic"):
         words = column.replace("_", " ")

@@ -74,6 +74,28 @@ def test_the_topk_sweep_routes_to_no_more_regions_than_there_are() -> None:
     assert {case["topk"] for case in cases if case["n_win"] == 7} >= {1, 4, 49}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_topk_sweep_has_few_cells_of_bras_further_options_and_names_them_in_no_other(device: str) -> None:
+    for sweep in (SWEEPS["topk"], SWEEPS["topk"].in_full()):
+        cases = [dict(case.options) for case in sweep.cases(device) if case.replicate == 0]
+        more = [case for case in cases if {"coarse_gate", "per_token_routing"} & set(case)]
+        assert 4 <= len(more) <= len(cases) / 4
+        assert {tuple(sorted(name for name, value in case.items() if value is True)) for case in more} >= {
+            ("coarse_gate",), ("per_token_routing",)
+        }  # fmt: skip
+        # Beside each there is the same cell without it.
+        without = [{n: v for n, v in case.items() if n not in ("coarse_gate", "per_token_routing")} for case in more]
+        assert all(case in cases for case in without)
+    assert len(SWEEPS["topk"].cases("cpu")) == 38
+
+
+def test_further_products_follow_the_axes_but_not_in_a_smoke_run() -> None:
+    fixed = {"name": "window", "dim": 8}
+    sweep = Sweep("q?", "e", axes={"grid": (4, 8)}, also=[{"grid": (8,), "window_size": (2,)}], fixed=fixed)
+    assert [(c.height, c.options) for c in sweep.cases("cpu")] == [(4, ()), (8, ()), (8, (("window_size", 2),))]
+    assert [(c.height, c.options) for c in sweep.cases("cpu", smoke=True)] == [(4, ()), (8, ())]
+
+
 def test_the_kv_downsample_sweep_has_every_mode() -> None:
     modes = {dict(case.options)["kv_downsample_mode"] for case in SWEEPS["kv_downsample"].cases("cpu")}
     assert modes == {"identity", "avgpool", "maxpool", "ada_avgpool", "ada_maxpool", "fracpool", "conv"}

@@ -96,6 +96,10 @@ def ablations() -> Iterator[dict[str, Any]]:
     for topk, ms in ((1, 2.0), (4, 5.0), (16, 30.0)):
         spent = {"macs_counted": 100, "regions_per_side": 7, "kv_tokens_per_query": 64 * topk} | PARTS
         yield cell("topk", "bra", "forward", 56, 2**20 * topk, ms, n_win="7", topk=topk, **spent)
+    for options, factor in (("coarse_gate=True", 2), ("per_token_routing=True", 8)):
+        more = {"macs_counted": 150, "regions_per_side": 7, "kv_tokens_per_query": 305} | PARTS
+        at = {"n_win": "7", "topk": 4, "other_options": options}
+        yield cell("topk", "bra", "forward", 56, factor * 2**22, 5.0 * factor, **at, **more)
     crash = {"status": "crash", "reason": "killed by signal 11"}
     yield cell("topk", "bra", "forward", 56, 2**20, None, n_win="14", topk=1, **crash)
     kinds = (("identity", 64, 10.0), ("avgpool", 16, 2.5), ("conv", 16, 5.0))
@@ -280,6 +284,8 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
         ("complexity_tables", "28,285,666 parameters, Swin-T has 28,288,354: 2,688 more"),
         ("complexity_tables", "| Swin-T | 28 | 4.5 | 81.2 |"),
         ("bra_ablations", "topk 16 instead of 1 costs 1.0x the MACs, 15.0x the time and 16.0x the memory."),
+        ("bra_ablations", "coarse_gate=True costs 1.50x the MACs, 2.00x the time and 2.00x the memory."),
+        ("bra_ablations", "reference, topk 4: per_token_routing=True costs 1.50x the MACs, 8.00x the time and 8.00x"),
         ("bra_speed", "| shape | reference | sdpa | pre-gathered | window | full |"),
         ("bra_speed", "| 56 x 56 x 64, topk 1, n_win 7 | 8.00 | 2.00x | 4.00x | 8.00x | 4.00x |"),
         ("bra_speed", "| 224 x 224 x 64, topk 4, n_win 7 | oom | 50.0 | 25.0 | 8.00 | oom |"),

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from attention_zoo.attentions.bra import flex, reference, sdpa, triton
@@ -54,11 +54,26 @@ class BiLevelRoutingAttention(Attention):
         auto_pad: zero-pad the bottom and right of a grid that S does not divide; otherwise such a grid is rejected.
         mask_padding: exclude that padding from descriptors, pooling, attention and LePE. The published code,
             and the default here, attends to it.
+        coarse_gate: add multi-head attention among the regions' mean queries, keys and values, with the same scale,
+            times a gate that a linear map projects from the input: one factor per token and channel. It is added
+            before the output projection, like the coarse stage of video sparse attention (VSA, section 2.2), but
+            without a gate of the fine stage, which VSA's code leaves out too. Means are taken before any reduction,
+            of real tokens if padding is masked, and pass gradients on. Routes do not change: in VSA the scores of
+            the coarse stage choose them, for each head. To adapt a checkpoint, start with a gate of zero (there,
+            section 2.3); it is initialised like any linear map. In ``macs`` its parts are projection and attention.
+        per_token_routing: each token chooses its regions by its own query against the regions' mean keys, as in
+            mixture of block attention (MoBA, eq. 4 to 6); routing weights are per token then. Heads still share
+            routes, and no region is always chosen: there each head chooses, and a token's own block is always met.
         impl: ``flex`` is PyTorch's FlexAttention, with a block mask built from the routes in every step. It is forward
             only on a CPU, and ``auto`` prefers ``sdpa`` where that can run. ``triton`` is custom kernels, on CUDA.
+            Only ``reference`` and ``sdpa`` route single tokens.
+
+    VSA is Zhang et al., Faster Video Diffusion with Trainable Sparse Attention, 2025, arXiv 2505.13389; MoBA is Lu et
+    al., MoBA: Mixture of Block Attention for Long-Context LLMs, 2025, arXiv 2502.13189.
 
     Attributes:
-        keep_routes: whether each forward pass stores its routes in ``kept_routes``, (b, p, k).
+        keep_routes: whether each forward pass stores its routes in ``kept_routes``: (b, p, k), or (b, q, k) for the
+            query tokens of one region after another.
     """
 
     attends_to = "its region's topk most related regions"
@@ -87,17 +102,19 @@ class BiLevelRoutingAttention(Attention):
         side_dwconv: AtLeast0 = 3,
         auto_pad: bool = False,
         mask_padding: bool = False,
+        coarse_gate: bool = False,
+        per_token_routing: bool = False,
     ) -> None:
         super().__init__(dim, num_heads, impl)
         self.qk_dim = qk_dim or dim
         _check(self.qk_dim, num_heads, n_win, topk, param_routing, diff_routing)
         self.n_win, self.topk = n_win, topk
-        self.exponent = 4 / 3 if n_win == "auto" else 2
+        self.exponent = (3 / 2 if per_token_routing else 4 / 3) if n_win == "auto" else 2
         self.scale = qk_scale or self.qk_dim**-0.5
         self.keep_routes = False
         self.kept_routes: Tensor | None = None
         self.soft_routing, self.diff_routing = soft_routing, diff_routing
-        self.auto_pad, self.mask_padding = auto_pad, mask_padding
+        self.auto_pad, self.mask_padding, self.per_token_routing = auto_pad, mask_padding, per_token_routing
         self.qkv = QKVLinear(dim, self.qk_dim)
         self.router = Router(self.qk_dim, topk, self.scale, param_routing, diff_routing)
         self.kv_down = KVDownsample(
@@ -105,6 +122,7 @@ class BiLevelRoutingAttention(Attention):
         )
         self.lepe = depthwise(dim, side_dwconv, "side_dwconv") if side_dwconv else None
         self.wo = nn.Linear(dim, dim) if param_attention == "qkvo" else nn.Identity()
+        self.coarse_gate = nn.Linear(dim, dim) if coarse_gate else None
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         return self.forward_with_routes(x)[0]
@@ -112,7 +130,10 @@ class BiLevelRoutingAttention(Attention):
     def forward_with_routes(
         self, x: Float[Tensor, "b h w c"]
     ) -> tuple[Float[Tensor, "b h w c"], Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
-        """The output, and for each query region the indices of its routed regions and their weights, best first."""
+        """The output, and for each query region the indices of its routed regions and their weights, best first.
+
+        With ``per_token_routing`` p are the query tokens of one region after another, padding included.
+        """
         impl = self.chosen_impl(x)
         height, width = x.shape[1:3]
         side = self.regions_per_side(height, width)
@@ -153,10 +174,20 @@ class BiLevelRoutingAttention(Attention):
             return f"it masks no padding, which mask_padding=True asks for on a {x.shape[1]} x {x.shape[2]} grid"
         return None
 
-    def routes(self, x: Float[Tensor, "b h w c"]) -> tuple[Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
-        """The routed regions of each query region and their weights: softmax over the k routing scores."""
+    def routes(self, x: Float[Tensor, "b h w c"]) -> tuple[Int[Tensor, "b *p k"], Float[Tensor, "b *p k"]]:
+        """The routed regions of each query region and their weights: softmax over the k routing scores.
+
+        They are (b, p, k), or (b, h, w, k) with ``per_token_routing``.
+        """
         with torch.no_grad():
-            return self.forward_with_routes(x)[1:]
+            index, weight = self.forward_with_routes(x)[1:]
+        return (self._on_grid(index, x), self._on_grid(weight, x)) if self.per_token_routing else (index, weight)
+
+    def _on_grid(self, routes: Shaped[Tensor, "b q k"], x: Float[Tensor, "b h w c"]) -> Shaped[Tensor, "b h w k"]:
+        height, width = x.shape[1:3]
+        side = self.regions_per_side(height, width)
+        tiles = routes.view(len(x), side**2, -(-height // side), -(-width // side), -1)
+        return regions.crop(regions.from_regions(tiles, side, side), height, width)
 
     def regions_per_side(self, height: int, width: int) -> int:
         """S for a grid of this size.
@@ -167,7 +198,8 @@ class BiLevelRoutingAttention(Attention):
         """
         side = self.n_win
         if side == "auto":
-            side = auto_regions_per_side(height, width, self.dim, self.topk, self.auto_pad)
+            options = self.per_token_routing, self.coarse_gate is not None
+            side = auto_regions_per_side(height, width, self.dim, self.topk, self.auto_pad, *options)
         if not self.auto_pad and (height % side or width % side):
             raise InvalidOption(
                 f"n_win={side} does not divide the {height} x {width} grid; "
@@ -187,19 +219,26 @@ class BiLevelRoutingAttention(Attention):
         side = self.regions_per_side(height, width)
         region = -(-height // side), -(-width // side)
         tokens = side**2 * region[0] * region[1]
-        output = 0 if isinstance(self.wo, nn.Identity) else self.dim**2
+        square = self.dim**2 * ((not isinstance(self.wo, nn.Identity)) + (self.coarse_gate is not None))
+        coarse = 0 if self.coarse_gate is None else side**4
         lepe = 0 if self.lepe is None else self.dim * self.lepe.kernel_size[0] ** 2
         return Macs(
-            projection=tokens * (self.dim * (2 * self.qk_dim + self.dim) + output),
-            routing=self.router.macs(side**2),
-            attention=int(tokens * self.kv_tokens_per_query(height, width) * (self.qk_dim + self.dim)),
+            projection=tokens * (self.dim * (2 * self.qk_dim + self.dim) + square),
+            routing=self.router.macs(tokens if self.per_token_routing else side**2, side**2),
+            attention=(tokens * self._routed_keys(*region) + coarse) * (self.qk_dim + self.dim),
             local_conv=tokens * lepe + side**2 * self.kv_down.macs(*region),
         )
 
     def kv_tokens_per_query(self, height: int, width: int) -> float | int:
+        """Keys of the routed regions; with ``coarse_gate`` also the regions that the query's region attends to."""
         side = self.regions_per_side(height, width)
-        kv_height, kv_width = self.kv_down.out_size(-(-height // side), -(-width // side))
-        return self.topk * kv_height * kv_width
+        coarse = 0 if self.coarse_gate is None else side**2
+        return self._routed_keys(-(-height // side), -(-width // side)) + coarse
+
+    def _routed_keys(self, height: int, width: int) -> int:
+        """Keys of topk regions of ``height x width`` tokens."""
+        kept = self.kv_down.out_size(height, width)
+        return self.topk * kept[0] * kept[1]
 
 
 def _check(qk_dim: int, num_heads: int, n_win: int | str, topk: int, param_routing: bool, diff_routing: bool) -> None:

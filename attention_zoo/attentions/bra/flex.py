@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from attention_zoo.attentions.bra import coarse_gate
 from attention_zoo.ops import flex_backend, regions
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ SMALLEST_TILE, LARGEST_TILE = 16, 128
 
 def unsupported(bra: "BiLevelRoutingAttention", x: Float[Tensor, "b h w c"]) -> str | None:
     """Why FlexAttention cannot run ``bra`` on ``x``; None if it can."""
+    if bra.per_token_routing:
+        return (
+            "a block of FlexAttention's mask is a region of queries, which per_token_routing=True routes apart; "
+            "valid with it: reference, sdpa"
+        )
     if bra.soft_routing or bra.diff_routing:
         return "FlexAttention weighs no values by their region, which soft_routing and diff_routing ask for"
     if x.is_meta:
@@ -74,6 +80,9 @@ def forward(
     if bra.lepe is not None:
         grid = rearrange(regions.from_regions(kv[..., e:], side, side), "b h w c -> b c h w")
         out = out + rearrange(bra.lepe(grid), "b c h w -> b h w c")
+    if bra.coarse_gate is not None:
+        means = q.mean(dim=(2, 3)), *kv.mean(dim=(2, 3)).split([e, bra.dim], dim=-1)
+        out = coarse_gate.add(bra, out, x, side, *means)
     return out, index, strength
 
 

@@ -3,8 +3,8 @@
 It copies keys and values topk times, and autograd scatters their gradients through regions x regions x tokens.
 Do not make it faster: it is the baseline of every stated speed-up.
 
-Shape legend: b batch, h w padded grid, p regions, k routed regions, y x tokens of a region per side, s tokens
-of a region after kv downsampling, m heads, c dim, e qk_dim.
+Shape legend: b batch, h w padded grid, p regions, q query tokens, k routed regions, y x tokens of a region per side,
+s tokens of a region after kv downsampling, m heads, c dim, e qk_dim.
 """
 
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def forward(
     bra: "BiLevelRoutingAttention", x: Float[Tensor, "b h w c"], side: int, valid: Bool[Tensor, "h w"] | None
 ) -> tuple[Float[Tensor, "b h w c"], Int[Tensor, "b p k"], Float[Tensor, "b p k"]]:
-    """BRA before its output projection, and its routes.
+    """BRA before its output projection, and its routes: (b, q, k) in region order with ``per_token_routing``.
 
     Args:
         bra: the module, for its weights and options.
@@ -36,28 +36,36 @@ def forward(
         q, kv = bra.qkv(regions.to_regions(x, side, side)).split([bra.qk_dim, bra.qk_dim + bra.dim], dim=-1)
         valid_pyx = None if valid is None else regions.to_regions(valid[None, :, :, None], side, side)[0, ..., 0]
         kv_bpsd, valid_bps = _downsample(bra, kv, valid_pyx)
+        # With per_token_routing every query token is routed like a region of its own.
+        alike = rearrange(q, "b p y x e -> b (p y x) 1 1 e") if bra.per_token_routing else q
     with stage("bra.route"):
         index, weight = bra.router(
-            _descriptor(q, valid_pyx),
+            _descriptor(alike, None if bra.per_token_routing else valid_pyx),
             _descriptor(kv[..., : bra.qk_dim], valid_pyx),
             # Computed after the reduction: a single fracpool cell may miss the real tokens of a region.
             None if valid_bps is None else ~valid_bps.any(-1),
         )
     lepe = _lepe(bra, kv[..., bra.qk_dim :], side, valid)
     with stage("bra.attend"):
-        routed = _gather(kv_bpsd, index)
+        gather = _gather_for_tokens if bra.per_token_routing else _gather
+        routed = gather(kv_bpsd, index)
         if bra.soft_routing:
             routed = weight[..., None, None] * routed
         elif bra.diff_routing:
             # Adds exactly zero: the values do not change, and the weight gets its gradient.
             routed = routed * (1 + (weight - weight.detach()))[..., None, None]
-        out = _attend(bra, rearrange(q, "b p y x e -> b p (y x) e"), routed, _routed_mask(valid_bps, index))
-        out = rearrange(out, "b p (y x) c -> b p y x c", y=q.shape[2])
-        out = regions.from_regions(out, side, side)
-    if lepe is None:
-        return out, index, weight
-    with stage("bra.lepe"):
-        return out + lepe, index, weight
+        queries = rearrange(alike, "b p y x e -> b p (y x) e")
+        mask = None if valid_bps is None else rearrange(gather(valid_bps[..., None], index), "b p k s 1 -> b p (k s)")
+        out = _attend(bra, queries, routed, mask)
+        out = regions.from_regions(out.view(*q.shape[:-1], bra.dim), side, side)
+    if lepe is not None:
+        with stage("bra.lepe"):
+            out = out + lepe
+    if bra.coarse_gate is not None:
+        with stage("bra.coarse"):
+            coarse = _attend_regions(bra, q, kv, valid_pyx)[:, :, None, None].expand(*q.shape[:-1], bra.dim)
+            out = out + bra.coarse_gate(x) * regions.from_regions(coarse, side, side)
+    return out, index, weight
 
 
 def _descriptor(x: Float[Tensor, "b p y x e"], valid: Bool[Tensor, "p y x"] | None) -> Float[Tensor, "b p e"]:
@@ -87,10 +95,26 @@ def _gather(kv: Shaped[Tensor, "b p s d"], index: Int[Tensor, "b p k"]) -> Shape
     return torch.gather(everywhere, 2, index[..., None, None].expand(-1, -1, -1, tokens, channels))
 
 
-def _routed_mask(valid: Bool[Tensor, "b p s"] | None, index: Int[Tensor, "b p k"]) -> Bool[Tensor, "b p ks"] | None:
-    if valid is None:
-        return None
-    return rearrange(_gather(valid[..., None], index), "b p k s 1 -> b p (k s)")
+def _gather_for_tokens(kv: Shaped[Tensor, "b p s d"], index: Int[Tensor, "b q k"]) -> Shaped[Tensor, "b q k s d"]:
+    """For each query token, the tokens of its routed regions.
+
+    Its backward pass adds up in place; that of :func:`_gather` would scatter through tokens x regions x tokens.
+    """
+    batch, count = kv.shape[:2]
+    place = index + count * torch.arange(batch, device=index.device)[:, None, None]
+    return kv.flatten(0, 1).index_select(0, place.flatten()).view(*index.shape, *kv.shape[2:])
+
+
+def _attend_regions(
+    bra: "BiLevelRoutingAttention",
+    q: Float[Tensor, "b p y x e"],
+    kv: Float[Tensor, "b p y x d"],
+    valid: Bool[Tensor, "p y x"] | None,
+) -> Float[Tensor, "b p c"]:
+    """Multi-head attention among the means of the regions; regions without real tokens are no keys."""
+    q_mean, kv_mean = _descriptor(q, valid), _descriptor(kv, valid)
+    inhabited = None if valid is None else valid.flatten(1).any(-1).expand(len(q), 1, -1)
+    return _attend(bra, q_mean[:, None], kv_mean[:, None, None], inhabited)[:, 0]
 
 
 def _attend(

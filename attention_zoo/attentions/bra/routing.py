@@ -1,6 +1,7 @@
 """Region-to-region routing: which regions each region attends to.
 
-Shape legend: b batch, p query regions, r key regions, k routed regions, c channels of queries and keys.
+Shape legend: b batch, p query regions (or, with per_token_routing, query tokens), r key regions, k routed regions,
+c channels of queries and keys.
 """
 
 import torch
@@ -36,7 +37,7 @@ class Router(nn.Module):
         """Indices of the routed regions, best first, and the softmax over their scores.
 
         Args:
-            q, k: descriptors of the regions' queries and keys.
+            q, k: descriptors of the regions' queries and keys; or the queries of single tokens.
             empty: key regions that contain only masked padding; they rank last, with weight 0.
         """
         if not self.diff_routing:
@@ -49,10 +50,10 @@ class Router(nn.Module):
         best, index = torch.topk(scores, self.topk, dim=-1)
         return index, torch.softmax(best, dim=-1)
 
-    def macs(self, count: int) -> int:
-        """Multiply-accumulates for ``count`` regions."""
-        embedding = 0 if isinstance(self.emb, nn.Identity) else 2 * count * self.qk_dim**2
-        return count**2 * self.qk_dim + embedding
+    def macs(self, queries: int, count: int) -> int:
+        """Multiply-accumulates for as many query descriptors and ``count`` regions."""
+        embedding = 0 if isinstance(self.emb, nn.Identity) else (queries + count) * self.qk_dim**2
+        return queries * count * self.qk_dim + embedding
 
 
 def optimal_regions_per_side(tokens: int, topk: int) -> float:
@@ -60,10 +61,13 @@ def optimal_regions_per_side(tokens: int, topk: int) -> float:
     return (topk * tokens**2 / 2) ** (1 / 6)
 
 
-def auto_regions_per_side(height: int, width: int, dim: int, topk: int, any_size: bool) -> int:
+def auto_regions_per_side(
+    height: int, width: int, dim: int, topk: int, any_size: bool, per_token: bool = False, coarse: bool = False
+) -> int:
     """The integer S of least cost (in MACs per channel) that has at least ``topk`` regions.
 
-    ``any_size`` allows an S that does not divide the grid; its padding is part of the cost.
+    ``any_size`` allows an S that does not divide the grid; its padding is part of the cost, as is that of
+    ``per_token`` routing (then the optimum is near (2 * topk * tokens) ** (1 / 4)) and of a ``coarse`` gate.
 
     Raises:
         InvalidOption: no such S exists.
@@ -71,7 +75,8 @@ def auto_regions_per_side(height: int, width: int, dim: int, topk: int, any_size
 
     def cost(side: int) -> float:
         tokens = side**2 * -(-height // side) * -(-width // side)
-        return 4 * tokens * dim + side**4 + 2 * topk * tokens**2 / side**2
+        routing = (tokens if per_token else side**2) * side**2
+        return (4 + coarse) * tokens * dim + routing + 2 * coarse * side**4 + 2 * topk * tokens**2 / side**2
 
     sides = [
         side

@@ -4,6 +4,8 @@ Keys and values are gathered only for the current chunk, and again in the backwa
 gradients chunk by chunk: nothing of the size of topk x tokens, tokens x keys or regions x regions x tokens
 is materialised.
 
+With ``per_token_routing`` every query token takes the place of a region of queries.
+
 Shape legend: b batch, h w grid, p regions, r regions of the whole batch, a some of these, k routed regions,
 n tokens of a region, g pieces of the whole batch in which keys and values are gathered, s tokens of a piece,
 t pieces of a region, i pieces and l keys of a query region, m heads, c dim, e qk_dim.
@@ -18,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attention_zoo.attentions.bra import coarse_gate
 from attention_zoo.core.base import Unsupported
 from attention_zoo.core.memory_simulation import device_type, memory_is_simulated
 from attention_zoo.core.profiler_ranges import stage
@@ -32,6 +35,9 @@ CHUNK_BYTES = {"cpu": 4 << 20, "meta": 1 << 62}
 
 CHUNK_BYTES_ON_A_GPU = 256 << 20
 """The same on any other device: large enough to keep all its cores busy."""
+
+LARGEST_BATCH = 65_535
+"""Most query regions of a chunk: CUDA's fused kernels put them on an axis of their launch grid that holds no more."""
 
 CONVOLVED_FROM = 500_000
 """Input elements from which on a 1 x 1 convolution is faster on a CPU than a product and a bias addition."""
@@ -49,19 +55,20 @@ def forward(
     with stage("bra.project"):
         q, k, v = _projected(bra, x, side)
         few_k, few_v, pieces = _pieces(bra, k, v, side)
+        alike = q.flatten(1, 2)[:, :, None] if bra.per_token_routing else q
     with stage("bra.route"):
-        k_mean = F.avg_pool2d(k.permute(0, 3, 1, 2), (tall, wide)).permute(0, 2, 3, 1).flatten(1, 2)
-        index, strength = bra.router(q.mean(dim=2), k_mean)
+        k_mean = _pooled(k, tall, wide)
+        index, strength = bra.router(alike.mean(dim=2), k_mean)
     with stage("bra.attend"):
         factor = _factor(bra, strength)
         routed = pieces.index_select(0, index.flatten()).view(batch, -1)
         if batch > 1:
             per_image = len(few_k) // batch
             routed = routed + torch.arange(0, len(few_k), per_image, device=x.device)[:, None]
-        routed = routed.view(batch * side**2, -1)
+        routed = routed.view(batch * alike.shape[1], -1)
         if factor is not None:
             factor = factor.flatten(0, 1).repeat_interleave(pieces.shape[1], dim=1)
-        arguments = q.flatten(0, 1), few_k, few_v, routed, factor, bra.num_heads, bra.scale
+        arguments = alike.flatten(0, 1), few_k, few_v, routed, factor, bra.num_heads, bra.scale
         # Without gradients the Function is bypassed, since tracers cannot see into it.
         out = _RoutedAttention.apply(*arguments)[0] if torch.is_grad_enabled() else _attend_routed(*arguments)
         out = out.reshape(batch, side, side, tall, wide, dim).transpose(2, 3)
@@ -71,6 +78,10 @@ def forward(
             # The sum takes the layout of its first term, that of the grid. Under autograd an in-place sum would copy.
             local = local.reshape(out.shape)
             out = local + out if torch.is_grad_enabled() or bra.lepe._forward_hooks else local.add_(out)
+    if bra.coarse_gate is not None:
+        with stage("bra.coarse"):
+            means = q.mean(dim=2), k_mean, _pooled(v, tall, wide)
+            out = coarse_gate.add(bra, out.reshape(x.shape), x, side, *means)
     with stage("bra.output"):
         return out.reshape(x.shape), index, strength
 
@@ -136,6 +147,11 @@ def _pieces(
     pieces = torch.arange(height * side, device=k.device).view(side, -1, side).mT.flatten(0, 1)
     few_k, few_v = (t.reshape(-1, width // side, t.shape[3]) for t in (k, v))
     return few_k, few_v, pieces
+
+
+def _pooled(x: Float[Tensor, "b h w d"], tall: int, wide: int) -> Float[Tensor, "b p d"]:
+    """The means of regions of ``tall x wide`` tokens."""
+    return F.avg_pool2d(x.permute(0, 3, 1, 2), (tall, wide)).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _factor(bra: "BiLevelRoutingAttention", strength: Float[Tensor, "b p k"]) -> Float[Tensor, "b p k"] | None:
@@ -206,6 +222,8 @@ class _RoutedAttention(torch.autograd.Function):
 def _chunks(k: Float[Tensor, "g s e"], v: Float[Tensor, "g s c"], index: Int[Tensor, "r i"]) -> Iterator[slice]:
     per_region = index.shape[1] * k.shape[1] * (k.shape[2] + v.shape[2]) * k.element_size()
     most = max(1, CHUNK_BYTES.get(device_type(k), CHUNK_BYTES_ON_A_GPU) // per_region)
+    if device_type(k) == "cuda":
+        most = min(most, LARGEST_BATCH)
     step = -(-len(index) // -(-len(index) // most))
     starts: Iterable[int] = range(0, len(index), step)
     if memory_is_simulated():

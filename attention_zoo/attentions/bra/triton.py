@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from attention_zoo.attentions.bra import sdpa, triton_macs, triton_ops  # noqa: F401 (triton_macs registers)
+from attention_zoo.attentions.bra import coarse_gate, sdpa, triton_macs, triton_ops  # noqa: F401 (triton_macs registers)
 from attention_zoo.attentions.bra.triton_tiles import LARGEST_HEAD
 from attention_zoo.core.base import Unsupported
 from attention_zoo.core.memory_simulation import device_type
@@ -39,6 +39,11 @@ LARGEST_ROUTED = 1024
 def unsupported(bra: "BiLevelRoutingAttention", x: Tensor) -> str | None:
     """Why the kernels cannot run on ``x``; None if they can. Shapes alone need no Triton if ``impl`` is explicit."""
     head = max(bra.qk_dim, bra.dim) // bra.num_heads
+    if bra.per_token_routing:
+        return (
+            "its kernels route whole regions of queries, and per_token_routing=True routes each token; "
+            "valid with it: reference, sdpa"
+        )
     if bra.scale <= 0:
         return f"its kernels need a positive scale, and qk_scale is {bra.scale}"
     if x.dtype == torch.float64:
@@ -84,6 +89,10 @@ def forward(
             v = qkv[..., 2 * e :]
             grid = rearrange(v if valid is None else v.where(valid[..., None], 0), "b h w c -> b c h w")
             out = out + rearrange(bra.lepe(grid), "b c h w -> b h w c")
+    if bra.coarse_gate is not None:
+        with stage("bra.coarse"):
+            q, k, v = coarse_gate.means(qkv, side, valid).split([e, e, bra.dim], dim=-1)
+            out = coarse_gate.add(bra, out, x, side, q, k, v, valid)
     return out, index, strength
 
 
