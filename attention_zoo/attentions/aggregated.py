@@ -54,8 +54,8 @@ class AggregatedAttention(Attention):
         qkv_bias: whether the projections to q, k and v have a bias.
 
     Attributes:
-        table_dtype: dtype in which positions and lengths are computed; None: that of the input, at least fp32. The
-            published code computes them in fp32 for every input.
+        table_dtype: dtype in which positions, and lengths with a window, are computed; None: that of the input, at
+            least fp32. The published code computes them in fp32 for every input.
 
     Raises:
         InvalidOption: window_size is even, or position_bias "interpolated" comes without pretrained_size.
@@ -151,9 +151,10 @@ class AggregatedAttention(Attention):
         self, inside: Bool[Tensor, "n k"] | None, keys: Float[Tensor, "b m s e"], dtype: torch.dtype
     ) -> Float[Tensor, "n 1"] | Float[Tensor, "1 1"]:
         """The logarithm of the number of each query's keys."""
-        exact = self.table_dtype or torch.promote_types(dtype, torch.float32)
+        exact = torch.promote_types(dtype, torch.float32)
         if inside is None:
             return torch.full((1, 1), keys.shape[2], dtype=exact, device=keys.device).log().to(dtype)
+        exact = self.table_dtype or exact
         return (inside.sum(dim=1, keepdim=True) + keys.shape[2]).to(exact).log().to(dtype)
 
     def _bias(self, grid: tuple[int, int], keys: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "m n s"]:
