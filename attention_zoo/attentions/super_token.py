@@ -4,6 +4,7 @@ Shape legend: b batch, p super tokens (r s grid), n tokens of a super token's ce
 """
 
 from contextlib import nullcontext
+from itertools import product
 from typing import Literal
 
 import torch
@@ -19,8 +20,8 @@ from attention_zoo.ops import regions
 from attention_zoo.ops.softmax_attention import merge_heads, softmax_attention, split_heads
 from attention_zoo.ops.token_partition import TokenPartition
 
-NEIGHBOURS = 9
-"""Super tokens that a token can belong to: its cell's and those around it."""
+AROUND = tuple(product((-1, 0, 1), repeat=2))
+"""The cells whose super tokens a token can belong to, relative to its own: rows down, columns right."""
 
 
 @register("super_token")
@@ -146,7 +147,7 @@ class SuperTokenAttention(Attention):
         count = int(self.kv_tokens_per_query(height, width))
         cost = Macs()
         if size > 1:
-            cost += Macs(other=NEIGHBOURS * tokens * self.dim * (2 * self.iterations + 1))
+            cost += Macs(other=len(AROUND) * tokens * self.dim * (2 * self.iterations + 1))
         if self.qkv is not None:
             cost += Macs(projection=4 * count * self.dim**2, attention=2 * count**2 * self.dim)
         if self.conv is not None:
@@ -160,9 +161,10 @@ class SuperTokenAttention(Attention):
 
 
 def _neighbours(super_tokens: Float[Tensor, "b r s c"]) -> Float[Tensor, "b p c k"]:
-    """The super tokens of the 3 x 3 cells around each cell, zero beyond the border."""
-    around = F.unfold(rearrange(super_tokens, "b r s c -> b c r s"), 3, padding=1)
-    return rearrange(around, "b (c k) p -> b p c k", k=NEIGHBOURS)
+    """The super tokens of the 3 x 3 cells around each cell, row by row, zero beyond the border."""
+    # F.unfold would copy what is not contiguous out of sight, also in the backward pass.
+    near = [_moved(super_tokens, -down, -right) for down, right in AROUND]
+    return rearrange(torch.stack(near, dim=-1), "b r s c k -> b (r s) c k")
 
 
 def _gathered(
@@ -171,9 +173,14 @@ def _gathered(
     """The average of the tokens of each super token, weighted by the association."""
 
     def summed(parts: Float[Tensor, "b p d k"]) -> Float[Tensor, "b r s d"]:
-        return rearrange(
-            F.fold(rearrange(parts, "b p d k -> b (d k) p"), (rows, cols), 3, padding=1), "b d r s -> b r s d"
-        )
+        """Over the cells around each super token, what each has for it: the transpose of :func:`_neighbours`."""
+        grids = rearrange(parts, "b (r s) d k -> b r s d k", r=rows).unbind(-1)
+        return torch.stack([_moved(grid, *way) for grid, way in zip(grids, AROUND, strict=True)], dim=-1).sum(dim=-1)
 
     total = summed(association.sum(dim=2, keepdim=True))
     return summed(tokens.transpose(-2, -1) @ association) / (total + 1e-12)
+
+
+def _moved(grid: Float[Tensor, "b r s d"], down: int, right: int) -> Float[Tensor, "b r s d"]:
+    """The grid moved by that many cells; what leaves it is lost, and zeros follow."""
+    return F.pad(grid, (0, 0, right, -right, down, -down))
