@@ -222,15 +222,15 @@ class WindowParameters(nn.Module):
 
 
 class Pool(nn.Module):
-    """A 1x1 convolution, GELU, adaptive average and LayerNorm."""
+    """A 1x1 convolution, as a linear layer of each token, GELU, adaptive average and LayerNorm."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 1)
+        self.linear = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Float[Tensor, "b h w c"], size: tuple[int, int]) -> Float[Tensor, "b y x c"]:
-        image = F.gelu(self.conv(rearrange(x, "b h w c -> b c h w")))
+        image = rearrange(F.gelu(self.linear(x)), "b h w c -> b c h w")
         return self.norm(rearrange(F.adaptive_avg_pool2d(image, size), "b c y x -> b y x c"))
 
 

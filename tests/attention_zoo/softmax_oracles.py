@@ -184,8 +184,8 @@ def aggregated_oracle(module: Any, x: Tensor) -> Tensor:
     if module.pool is None:
         pooled = {key: kv[key] for key in far}
     else:
-        weight, norm = module.pool.conv.weight[:, :, 0, 0], module.pool.norm
-        hidden = F.gelu(x @ weight.T + module.pool.conv.bias)
+        weight, norm = module.pool.linear.weight, module.pool.norm
+        hidden = F.gelu(x @ weight.T + module.pool.linear.bias)
         pooled = {}
         for i, j in far:
             mean = sum(hidden[at] for at in product(rows[i], cols[j])) / (len(rows[i]) * len(cols[j]))
