@@ -17,9 +17,7 @@ from torch import Tensor, nn
 # make test and make test-all (full) try the same examples each time, so that a red run is about a change.
 # HYPOTHESIS_PROFILE=search looks for new ones.
 for profile, examples in (("quick", 25), ("full", 200), ("search", 1000)):
-    hypothesis.settings.register_profile(
-        profile, max_examples=examples, deadline=None, derandomize=profile != "search"
-    )
+    hypothesis.settings.register_profile(profile, max_examples=examples, deadline=None, derandomize=profile != "search")
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # Before Triton is loaded: without a GPU its kernels are interpreted. Code compiled for a CPU does not use Triton.
