@@ -24,18 +24,18 @@ class ManhattanAttention(Attention):
     gamma = 1 - 2 ** -(initial_decay + decay_range * head / num_heads): the first heads are the most local.
     ``decomposed`` attends along each row, then along each column to the results, with gamma ** |dx| and gamma ** |dy|.
 
-    The paper multiplies the weights after the softmax; the published code adds log(gamma) * distance before it, that
-    is, normalises again after the multiplication. The code is the default, ``normalise_decay`` chooses. Its queries
-    and keys are also rotated by their position (xPos without its decay); the paper names no rotation in this
-    attention. A token's position is its row-major index, so the rotation depends on the grid's width. The published
-    projections to q, k and v are three layers; here they are one.
+    The paper's formula multiplies the weights by the decay after the softmax. The published code adds log(gamma) *
+    distance to the scores, that is, normalises again after the multiplication, and its authors say that this is meant
+    (issue 21 of their repository). The code is the default; ``normalise_decay`` chooses. The code also rotates queries
+    and keys by their position, as RetNet does. A position is a row-major index, so the rotation depends on the grid's
+    width. The published projections to q, k and v are three layers; here they are one.
 
     Args:
         decomposed: along the axes in turn instead of over the whole grid; published: in the first three of four stages
             (the smallest model: two).
         initial_decay: decay of the first head.
         decay_range: span of decay over the heads; published for the small model: 4, 4, 6, 6 by stage.
-        normalise_decay: whether the weights are normalised after the decay (code) or before it (paper).
+        normalise_decay: whether the weights are normalised after the decay (code) or before it (the paper's formula).
         rotary: rotate pairs of channels of q and k by position; needs an even number of channels per head.
         lce_kernel: kernel of the depthwise convolution of the values (local context enhancement), odd; 0: none.
         qkv_bias: whether the projections to q, k and v have a bias.

@@ -33,11 +33,11 @@ class SuperTokenAttention(Attention):
     ``iterations`` times. After attention, Q takes the super tokens back to the tokens; there is no further projection.
 
     As in the published code, a cell beyond the border takes part in the softmax with score 0, and what it gets is
-    lost; the paper leaves this open. The published code computes Q without gradients, which the paper does not
-    mention: ``detach_association`` chooses. A grid that super_token_size does not divide is zero-padded at the bottom
-    and right. The padding belongs to no super token; in the published code it does, and lowers their averages.
-    The weights of q, k and v are ordered by head first, as published. ``macs`` counts the association and the way
-    back as ``other``, since they grow linearly.
+    lost. The published code treats Q as constant in the backward pass; ``detach_association`` chooses. A grid that
+    super_token_size does not divide is zero-padded at the bottom and right. The padding belongs to no super token; in
+    the published code it does, and lowers their averages: ``mask_padding`` chooses. The weights of q, k and v are
+    ordered by head first, as published. ``macs`` counts the association and the way back as ``other``, since they
+    grow linearly.
 
     Args:
         super_token_size: tokens per side of a cell; published: 8, 4, 1, 1 by stage. 1: attention among all tokens.
@@ -140,6 +140,9 @@ class SuperTokenAttention(Attention):
         q, k, v = tokens.chunk(3, dim=-1)
         out = merge_heads(softmax_attention(q, k, v, self.scale, impl=impl))
         return self.proj(rearrange(out, "b (r s) c -> b r s c", r=x.shape[1]))
+
+    def grid_multiple(self, height: int, width: int) -> int:
+        return self.super_token_size
 
     def macs(self, height: int, width: int) -> Macs:
         padded = self.cells(height, width).padded
