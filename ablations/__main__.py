@@ -36,6 +36,7 @@ COMPARE = """examples:
 TABLE = """examples:
   python -m ablations table README.md          rewrite the table in the README
   python -m ablations table > attentions.md
+  python -m ablations table attention_zoo/attentions/README.md    equations
 """
 PREPARE = """examples:
   python -m ablations prepare --device cuda --out static_analysis.json   here, without a GPU

@@ -56,6 +56,12 @@ def test_the_table_of_attentions_is_fresh() -> None:
     assert readme_table.markdown(ROOT / "results") in README, "mend it with: python -m ablations table README.md"
 
 
+def test_the_table_of_publications_is_fresh() -> None:
+    page = (ROOT / "attention_zoo/attentions/README.md").read_text()
+    command = "python -m ablations table attention_zoo/attentions/README.md"
+    assert readme_table.publications() in page, f"mend it with: {command}"
+
+
 def test_table_lists_every_attention() -> None:
     shown = readme_table.markdown(ROOT / "results").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown if line.startswith("| `")]

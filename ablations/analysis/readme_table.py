@@ -1,4 +1,4 @@
-"""The table of attentions for the README, from the registry and from results: ``python -m ablations table --help``."""
+"""Tables of all attentions, from the registry and from results: ``python -m ablations table --help``."""
 
 import re
 import textwrap
@@ -16,6 +16,8 @@ from profiling.schema.row import load
 ROWS_FROM = "complexity"
 GRID, IMPL = 224, "reference"
 BEGIN, END = "<!-- attentions: python -m ablations table README.md -->", "<!-- end of attentions -->"
+PUBLICATIONS = "<!-- publications: python -m ablations table attention_zoo/attentions/README.md -->"
+"""Begins the place of the table of equations instead."""
 POWERS = {"1": "HW", "1.33": "(HW)^4/3", "1.5": "(HW)^3/2", "2": "(HW)^2"}
 
 
@@ -47,14 +49,26 @@ def rewrite(page: Path, results: Path) -> bool:
         InvalidOption: ``page`` has no such comments.
     """
     text = page.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
+    about_publications = PUBLICATIONS in text
+    before, begin, rest = text.partition(PUBLICATIONS if about_publications else BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise InvalidOption(f"{page}: no place for the table; put it between {BEGIN} and {END}")
-    new = f"{before}{BEGIN}\n\n{markdown(results)}\n{END}{after}"
+    table = publications() if about_publications else markdown(results)
+    new = f"{before}{begin}\n\n{table}\n{END}{after}"
     if new != text:
         page.write_text(new, encoding="utf-8")
     return new != text
+
+
+def publications() -> str:
+    """The equation of each attention, what its publication leaves open, and where it departs from the authors' code."""
+    lines = ["| attention | computes | left open, and chosen here | departs from the authors' code in |"]
+    lines.append("|---|---|---|---|")
+    for name in names():
+        cells = [getattr(get(name), part, "") for part in ("equation", "left_open", "departs")]
+        lines.append(f"| `{name}` | {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _rows(results: Path) -> pd.DataFrame:

@@ -49,6 +49,12 @@ class Attention(nn.Module):
     """What a query attends to, in a few words."""
     citation: ClassVar[str] = ""
     """Authors, title, venue and year, then the place in the publication, separated by commas."""
+    equation: ClassVar[str] = ""
+    """What it computes, in the publication's terms, on one line."""
+    left_open: ClassVar[str] = ""
+    """Choices that the publication leaves open, each with the choice made here: ``what: choice; what: choice``."""
+    departs: ClassVar[str] = ""
+    """In what it departs from the authors' code; "nothing" if in nothing."""
     impls: ClassVar[tuple[str, ...]] = ("reference",)
     exponent: float | None = None
     """The theoretical exponent of HW in the cost of attention and routing."""

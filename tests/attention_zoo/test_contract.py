@@ -104,6 +104,7 @@ def assert_same(result: dict[str, Tensor], exact: dict[str, Tensor], tolerance: 
 def test_class_declares_citation_docstring_and_options(name: str) -> None:
     cls = get(name)
     assert cls.citation.strip() and cls.__doc__.strip().splitlines()[0].endswith((".", ";", ","))
+    assert cls.equation and cls.left_open and cls.departs
     assert cls.impls[0] == "reference"
     assert cls.minimal_options.keys() <= options(name).keys()
 
