@@ -13,7 +13,7 @@ from attention_zoo.core.options import AtLeast1
 from attention_zoo.core.registry import register
 from attention_zoo.ops.token_partition import TokenPartition
 
-SMALLEST_HIDDEN = 4
+SMALLEST_HIDDEN = 16
 
 
 @register("dilated")
@@ -79,8 +79,8 @@ class DynamicPositionBias(nn.Module):
 
     The displacement counts members of the group, so it does not depend on the dilation. A linear map to D channels is
     followed, three times, by LayerNorm, ReLU and a linear map, the last one to a channel per head. D is dim // 16, as
-    in the authors' code; the paper says dim / 4. Below 16 channels their D would be 0; here it is 4. The modules have
-    the authors' names.
+    in the authors' code; the paper says dim / 4. Below 16 channels their D would be 0; here it is 16. The modules have
+    the authors' names. Their last bias is left out: it shifts all scores of a head alike, which softmax ignores.
 
     Args:
         dim: channels of the attention.
@@ -94,8 +94,8 @@ class DynamicPositionBias(nn.Module):
         self.hidden = dim // 16 or SMALLEST_HIDDEN
         self.pos_proj = nn.Linear(2, self.hidden)
         self.pos1, self.pos2, self.pos3 = (
-            nn.Sequential(nn.LayerNorm(self.hidden), nn.ReLU(), nn.Linear(self.hidden, out))
-            for out in (self.hidden, self.hidden, num_heads)
+            nn.Sequential(nn.LayerNorm(self.hidden), nn.ReLU(), nn.Linear(self.hidden, out, bias=out_bias))
+            for out, out_bias in ((self.hidden, True), (self.hidden, True), (num_heads, False))
         )
 
     def forward(self) -> Float[Tensor, "r m"]:

@@ -1,12 +1,14 @@
 """Neighborhood attention with PyTorch's FlexAttention, which computes only score blocks that contain a key.
 
 A block is a rectangle of TILE tokens, since a neighborhood overlaps fewer rectangles than rows of the grid. With a
-dilation, rows and columns are first sorted so that the tokens of a neighborhood are adjacent.
+dilation, rows and columns are first sorted so that the tokens of a neighborhood are adjacent. Functions that the
+compiler traces are marked no_type_check: it cannot trace the checks that tests add.
 
 Shape legend: b batch, h w grid, p tiles (row-major), m heads, n tokens (tile by tile), e channels of a head.
 """
 
 from collections.abc import Callable
+from typing import no_type_check
 
 import torch
 from einops import rearrange
@@ -65,6 +67,7 @@ def block_mask(axes: tuple[Axis, Axis], device: torch.device) -> BlockMask:
     order = meet.int().argsort(dim=1, descending=True, stable=True).int()
     cols = len(near_cols)
 
+    @no_type_check
     def allowed(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         (qy, qx), (ky, kx) = _place(query, cols), _place(key, cols)
         return _near(qy, ky, axes[0]) & _near(qx, kx, axes[1])
@@ -85,12 +88,14 @@ def _tiles_that_meet(axis: Axis, tile: int, device: torch.device) -> Bool[Tensor
     return (from_tile[:, None] <= other) & (other <= to_tile[:, None])
 
 
+@no_type_check
 def _near(query: Tensor, key: Tensor, axis: Axis) -> Tensor:
     # Queries of the padding have the keys of the last token: a softmax over no keys would be NaN.
     start, keys = _window(query.clamp_max(axis.length - 1), axis)
     return (key >= start) & (key < start + keys)
 
 
+@no_type_check
 def _window(query: Tensor, axis: Axis) -> tuple[Tensor, Tensor | int]:
     """The first key of each query and the number of its keys, by positions in the order of :func:`_by_group`."""
     # Of ``dilation`` groups the first ``longer`` have ``size + 1`` tokens, the others ``size``.
@@ -104,6 +109,7 @@ def _window(query: Tensor, axis: Axis) -> tuple[Tensor, Tensor | int]:
     return query - place + _start(place, tokens, axis), tokens.clamp_max(axis.kernel)
 
 
+@no_type_check
 def _start(place: Tensor, tokens: Tensor | int, axis: Axis) -> Tensor:
     """The place of the first key in a group of ``tokens`` tokens, for the query at ``place``."""
     last = torch.zeros_like(place) + (tokens - 1)
@@ -111,6 +117,7 @@ def _start(place: Tensor, tokens: Tensor | int, axis: Axis) -> Tensor:
     return torch.minimum(leader - axis.kernel // 2, last + 1 - axis.kernel).clamp_min(0)
 
 
+@no_type_check
 def _place(token: Tensor, cols: int) -> tuple[Tensor, Tensor]:
     """Row and column of a token index in tile-by-tile order."""
     tile, within = token // BLOCK, token % BLOCK
@@ -121,6 +128,7 @@ def _biased(table: Tensor | None, kernel: int, cols: int) -> Callable[..., Tenso
     if table is None:
         return None
 
+    @no_type_check
     def biased(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         (qy, qx), (ky, kx) = _place(query, cols), _place(key, cols)
         # Scores are biased before they are masked, so the displacement of a masked score may be outside the table.
