@@ -24,8 +24,8 @@ class CrossShapedAttention(Attention):
     """Heads in two halves: the first attends within vertical stripes, the second within horizontal ones.
 
     Each half adds a locally-enhanced position encoding: a 3x3 depthwise convolution of its values within the
-    stripe. The order of the halves is that of the authors' code, so that its weights load; the paper's equation 3
-    names the horizontal stripes first. Of an odd number of heads, which the publication never has and its code
+    stripe. The order of the halves is that of the authors' code, so that its weights load; the paper names the
+    horizontal stripes first. Of an odd number of heads, which the publication never has and its code
     refuses, the first half has one more. Where one stripe covers the whole grid, as in the published last stage, the
     publication runs all heads in one call; here the halves compute the same in two calls.
 
@@ -46,7 +46,7 @@ class CrossShapedAttention(Attention):
     """
 
     attends_to = "a stripe of rows, and one of columns"
-    citation = "Dong et al., CSWin Transformer, CVPR 2022, section 3.2 (equations 2 and 3), section 3.3 (LePE)"
+    citation = "Dong et al., CSWin Transformer, CVPR 2022 (H-Attention, V-Attention, LePE)"
     impls = ("reference", "sdpa")
     exponent = 1.5
     minimal_options = {"stripe_width": 2}

@@ -43,7 +43,7 @@ class DilatedWindowAttention(WindowAttention):
     """
 
     attends_to = "a window's worth of tokens, spaced apart"
-    citation = "Wang et al., CrossFormer, ICLR 2022, section 3.2 (LDA; dynamic position bias: equations 1 and 2)"
+    citation = "Wang et al., CrossFormer, ICLR 2022 (long-distance attention, LDA; dynamic position bias, DPB)"
     minimal_options = {"window_size": 2, "dilation": 2}
     by_stage = {"dilation": (8, 4, 2, 1)}
 

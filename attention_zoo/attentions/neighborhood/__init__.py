@@ -56,8 +56,8 @@ class NeighborhoodAttention(Attention):
 
     attends_to = "the tokens around it"
     citation = (
-        "Hassani et al., Neighborhood Attention Transformer, CVPR 2023, section 3.1; dilation: Hassani and Shi, DiNAT, "
-        "2022, section 3.2; stride: Hassani et al., Generalized Neighborhood Attention, 2025, section 3"
+        "Hassani et al., Neighborhood Attention Transformer, CVPR 2023 (neighborhood attention); dilation: Hassani "
+        "and Shi, DiNAT, 2022; stride: Hassani et al., Generalized Neighborhood Attention, 2025"
     )
     impls = ("reference", "sdpa", "flex")
     exponent = 1
