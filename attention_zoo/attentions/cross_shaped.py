@@ -25,9 +25,9 @@ class CrossShapedAttention(Attention):
 
     Each half adds a locally-enhanced position encoding: a 3x3 depthwise convolution of its values within the
     stripe. The order of the halves is that of the authors' code, so that its weights load; the paper names the
-    horizontal stripes first. Of an odd number of heads, which the publication never has and its code
-    refuses, the first half has one more. Where one stripe covers the whole grid, as in the published last stage, the
-    publication runs all heads in one call; here the halves compute the same in two calls.
+    horizontal stripes first. Of an odd number of heads, which the publication never has, the first half has one more;
+    the authors' code would make one head fewer, and all of them wider. Where one stripe covers the whole grid, as in
+    the published last stage, the publication runs all heads in one call; here the halves compute the same in two.
 
     A grid that stripe_width does not divide is zero-padded at the bottom and right after the projection. By default
     the padding is masked: the last stripe is narrower, and its convolution reads zeros beyond it. The authors' code
