@@ -13,7 +13,16 @@ from attention_zoo.ops.softmax_attention import merge_heads, softmax_attention, 
 class AxialAttention(Attention):
     """Two attention layers in sequence: each token attends to its row, then to its column.
 
-    Each layer has its own projections, as published; together they cover the whole grid.
+    Each layer has its own projections, as published; together they cover the whole grid. The publication leaves the
+    order of the axes open. Its code attends to rows first, as here; a third party's port for PyTorch
+    (lucidrains/axial-attention) attends to columns first, and its layer adds both instead of chaining them.
+
+    The authors' code surrounds each layer by LayerNorm, a residual and an MLP, which belong to the surrounding block,
+    so here the layers are applied directly in sequence. It masks later tokens in the layers of its decoder; here no
+    token is masked. Its projections to q, k and v have biases; here they are off by default.
+
+    Args:
+        qkv_bias: whether the projections to q, k and v have a bias; in the authors' code: true.
     """
 
     attends_to = "its row, then its column"

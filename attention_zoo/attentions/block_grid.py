@@ -34,6 +34,10 @@ class BlockGridAttention(Attention):
     and an MLP after each layer and a convolution block before both. Those belong to the surrounding block, so
     here the layers are applied directly in sequence, as in ``axial``.
 
+    The authors' code refuses a grid that window_size or grid_size does not divide; here its padding is masked. Its
+    bias table is indexed by key minus query, ours (and timm's) by query minus key: its weights load with the table
+    reversed along both axes.
+
     Args:
         window_size: tokens per side of a window, at least 2 (the publication's P).
         grid_size: tokens per side of the sparse grid, at least 2 (the publication's G).

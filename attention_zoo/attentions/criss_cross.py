@@ -23,8 +23,8 @@ class CrissCrossAttention(Attention):
 
     Choices made to compare attentions at equal width: queries and keys of ``dim`` channels, several heads,
     scores scaled by head_dim ** -0.5, an output projection, and no residual. Published: queries and keys
-    of dim / 8, one head, no scale, no projection, and a residual with a learned factor that starts at zero; the
-    first and the last are options.
+    of dim / 8, one head, no scale, no projection, and a residual with a learned factor that starts at zero. That is
+    num_heads 1, qk_reduction 8, qk_scale 1, out_proj false, residual true.
 
     There is no ``sdpa``: one softmax over two sets of keys needs either the normalisers, which PyTorch's fused
     attention does not return, or height * width masked keys per query.
@@ -34,6 +34,8 @@ class CrissCrossAttention(Attention):
         qk_reduction: channels of queries and keys are dim / qk_reduction; published: 8.
         residual: each pass returns gamma * attention(x) + x, with gamma learned from 0.
         qkv_bias: whether the qkv projection has a bias, as published.
+        qk_scale: factor of the scores; None or 0: channels of a head's queries ** -0.5; published: 1.
+        out_proj: whether each pass ends with a linear map; published: false.
 
     Raises:
         InvalidOption: num_heads * qk_reduction does not divide dim.
@@ -54,6 +56,8 @@ class CrissCrossAttention(Attention):
         qk_reduction: AtLeast1 = 1,
         residual: bool = False,
         qkv_bias: bool = True,
+        qk_scale: float | int | None = None,
+        out_proj: bool = True,
     ) -> None:
         super().__init__(dim, num_heads, impl)
         if dim % (num_heads * qk_reduction):
@@ -61,15 +65,17 @@ class CrissCrossAttention(Attention):
             raise InvalidOption(f"qk_reduction={qk_reduction} is not valid; valid: {', '.join(valid)}")
         self.recurrence = recurrence
         self.qk_dim = dim // qk_reduction
-        self.scale = (self.qk_dim // num_heads) ** -0.5
+        self.scale = qk_scale or (self.qk_dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 2 * self.qk_dim + dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim) if out_proj else None
         self.gamma = nn.Parameter(torch.zeros(1)) if residual else None
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         self.chosen_impl(x)
         for _ in range(self.recurrence):
-            crossed = self.proj(self._cross(x))
+            crossed = self._cross(x)
+            if self.proj is not None:
+                crossed = self.proj(crossed)
             x = crossed if self.gamma is None else self.gamma * crossed + x
         return x
 
@@ -94,8 +100,9 @@ class CrissCrossAttention(Attention):
 
     def macs(self, height: int, width: int) -> Macs:
         n = self.recurrence * height * width
+        projected = 2 * self.qk_dim + (1 if self.proj is None else 2) * self.dim
         return Macs(
-            projection=n * self.dim * (2 * self.qk_dim + 2 * self.dim),
+            projection=n * self.dim * projected,
             attention=n * (height + width) * (self.qk_dim + self.dim),
         )
 

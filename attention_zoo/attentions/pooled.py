@@ -21,10 +21,14 @@ from attention_zoo.ops.softmax_attention import merge_heads, softmax_attention, 
 class PooledAttention(Attention):
     """Spatial-reduction attention (PVT): keys and values come from a strided convolution of the grid.
 
-    ``conv`` is published for grids that sr_ratio divides; on others its strides drop the border. Here the bottom
-    and right are zero-padded instead, so that every token contributes to a key.
+    ``conv`` is a convolution of kernel and stride sr_ratio and a LayerNorm. It is published for grids that sr_ratio
+    divides. On others the authors' code drops the tokens beyond the last whole square, and it refuses a grid with a
+    side shorter than sr_ratio. Here the bottom and right are zero-padded instead, so that every token contributes to
+    a key.
     ``avg`` is the linear variant (PVT v2's linear SRA): an adaptive average to a fixed grid, a 1x1 convolution,
-    LayerNorm, GELU. A grid with fewer than pool_size tokens on a side keeps that side as it is.
+    LayerNorm, GELU. On a side with fewer than pool_size tokens, adaptive averages of the authors' code overlap: it
+    makes pool_size keys all the same, some of them several times, which weighs tokens unequally. Here that side
+    keeps its tokens, each once.
 
     Args:
         sr_ratio: for conv: reduction per side (published: 8, 4, 2, 1 in the four stages). 1 is full attention,
@@ -32,6 +36,7 @@ class PooledAttention(Attention):
         pool: how keys and values are reduced.
         pool_size: for avg: tokens per side after the reduction.
         qkv_bias: whether the projections to q, k and v have a bias.
+        qk_scale: factor of the scores; None or 0: head_dim ** -0.5.
     """
 
     attends_to = "a sub-sampled grid"
@@ -51,10 +56,11 @@ class PooledAttention(Attention):
         pool: Literal["conv", "avg"] = "conv",
         pool_size: AtLeast1 = 7,
         qkv_bias: bool = True,
+        qk_scale: float | int | None = None,
     ) -> None:
         super().__init__(dim, num_heads, impl)
         self.sr_ratio, self.pool, self.pool_size = sr_ratio, pool, pool_size
-        self.scale = (dim // num_heads) ** -0.5
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)

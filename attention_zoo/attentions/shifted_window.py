@@ -14,18 +14,26 @@ class ShiftedWindowAttention(WindowAttention):
     """Windows displaced by half their size, with a learned bias per relative position: softmax(q k^T / sqrt(d) + B) v.
 
     The publication alternates plain and shifted windows from block to block. This is the shifted one; its cost
-    and parameters equal those of the plain one (``window`` with relative_position_bias). The published code
-    drops the shift on a grid no larger than one window. Here an axis that one window covers is not shifted,
-    which is the same on square grids. The published code also shrinks the window to such a grid; here the rest
-    of the window is masked padding, so that the bias table's size does not depend on the input.
+    and parameters equal those of the plain one (``window`` with relative_position_bias).
+
+    The authors have two codes, which differ on a grid no larger than a window, or not divided by it:
+
+    - That of classification drops the shift on a grid no larger than one window, and shrinks the window to it. Here
+      an axis that one window covers is not shifted, which is the same on square grids. The rest of the window is
+      masked padding, so that the bias table's size does not depend on the input. Other grids that the window does
+      not divide are refused there; here their padding is masked.
+    - That of detection and segmentation pads every grid, does not mask the padding, and always shifts.
+      ``attend_padding=True`` computes that.
 
     Args:
         window_size: tokens per side of a window, at least 2: one token can be neither shifted nor biased.
         qkv_bias: whether the qkv projection has a bias.
+        qk_scale: factor of the scores; None or 0: head_dim ** -0.5.
+        attend_padding: shift every axis, and do not mask the padding, as the code of detection and segmentation.
     """
 
     attends_to = "its window, displaced by half a window"
-    citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2 (shifted windows, relative position bias)"
+    citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2 (shifted windows), equations 3 and 4"
 
     def __init__(
         self,
@@ -35,6 +43,8 @@ class ShiftedWindowAttention(WindowAttention):
         *,
         window_size: Annotated[int, Range(2)] = 7,
         qkv_bias: bool = True,
+        qk_scale: float | int | None = None,
+        attend_padding: bool = False,
     ) -> None:
         super().__init__(
             dim,
@@ -44,9 +54,10 @@ class ShiftedWindowAttention(WindowAttention):
             shift=window_size // 2,
             relative_position_bias=True,
             qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attend_padding=attend_padding,
         )
 
     def groups(self, height: int, width: int) -> TokenPartition:
-        size = self.window_size
-        down, right = (self.shift if side > size else 0 for side in (height, width))
-        return TokenPartition(height, width, (size, size), shift=(down, right))
+        down, right = (self.shift if self.attend_padding or side > self.window_size else 0 for side in (height, width))
+        return self._partition(height, width, shift=(down, right))

@@ -20,9 +20,16 @@ class SpatiallySeparableAttention(Attention):
     MLP after each layer belong to the surrounding block, so here the layers are applied directly in sequence,
     as in ``axial``.
 
+    A grid that the window does not divide is zero-padded, and the padding is masked. The authors' code for detection
+    and segmentation pads too, but does not mask it; ``attend_padding=True`` computes that. Their code for
+    classification refuses such a grid. Where sr_ratio does not divide the grid, see ``pooled``.
+
     Args:
         window_size: tokens per side of a window; 7 in all published models.
         sr_ratio: reduction per side of the second layer's keys and values; published: 8, 4, 2, 1 by stage.
+        qkv_bias: whether the projections to q, k and v have a bias, in both layers; published: true.
+        qk_scale: factor of the scores in both layers; None or 0: head_dim ** -0.5.
+        attend_padding: do not mask the padding of a grid that window_size does not divide.
     """
 
     attends_to = "its window, then a sub-sampled grid"
@@ -33,11 +40,30 @@ class SpatiallySeparableAttention(Attention):
     by_stage = {"sr_ratio": (8, 4, 2, 1)}
 
     def __init__(
-        self, dim: int, num_heads: int, impl: Impl = "auto", *, window_size: AtLeast1 = 7, sr_ratio: AtLeast1 = 8
+        self,
+        dim: int,
+        num_heads: int,
+        impl: Impl = "auto",
+        *,
+        window_size: AtLeast1 = 7,
+        sr_ratio: AtLeast1 = 8,
+        qkv_bias: bool = True,
+        qk_scale: float | int | None = None,
+        attend_padding: bool = False,
     ) -> None:
         super().__init__(dim, num_heads, impl)
-        self.local = WindowAttention(dim, num_heads, impl, window_size=window_size)
-        self.sub_sampled = PooledAttention(dim, num_heads, impl, sr_ratio=sr_ratio)
+        self.local = WindowAttention(
+            dim,
+            num_heads,
+            impl,
+            window_size=window_size,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            attend_padding=attend_padding,
+        )
+        self.sub_sampled = PooledAttention(
+            dim, num_heads, impl, sr_ratio=sr_ratio, qkv_bias=qkv_bias, qk_scale=qk_scale
+        )
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         return self.sub_sampled(self.local(x))

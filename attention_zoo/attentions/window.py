@@ -1,6 +1,6 @@
 """Window attention: tokens attend within fixed-size windows that do not overlap, optionally shifted.
 
-Shape legend: b batch, p windows, n tokens of a window, m heads, d channels of a head.
+Shape legend: b batch, p windows, n tokens of a window, m heads, d channels of a head, r rows of the bias table.
 """
 
 import math
@@ -19,21 +19,31 @@ from attention_zoo.ops.token_partition import TokenPartition
 
 @register("window")
 class WindowAttention(Attention):
-    """Attention within non-overlapping windows of window_size x window_size tokens.
+    """Attention within non-overlapping windows of window_size x window_size tokens: softmax(q k^T / sqrt(d) + B) v.
 
-    A grid that the window does not divide is padded at the bottom and right, and the padding is masked: windows
-    at the border are smaller. A shift first rolls the grid by ``shift`` tokens and masks query-key pairs that
-    the roll brings together from opposite borders.
+    B is a learned bias per head and relative position. The cited publication has it in every model; here it is off by
+    default, so that ``window`` differs from ``full`` in its windows only. ``relative_position_bias=True`` is Swin's
+    unshifted block.
+
+    A grid that the window does not divide is zero-padded at the bottom and right. By default the padding is masked:
+    windows at the border are smaller. Swin's code for detection and segmentation does not mask it: queries also
+    attend to padding, whose keys and values are the bias of the projection. ``attend_padding=True`` computes that.
+    Swin's code for classification refuses such a grid.
+
+    A shift first rolls the grid by ``shift`` tokens and masks query-key pairs that the roll brings together from
+    opposite borders.
 
     Args:
-        window_size: tokens per side of a window.
+        window_size: tokens per side of a window; published: 7.
         shift: displacement of the windows in tokens, less than window_size; 0: none.
-        relative_position_bias: add a learned bias per head and relative position (Swin).
+        relative_position_bias: add the bias B; published: true.
         qkv_bias: whether the qkv projection has a bias.
+        qk_scale: factor of the scores; None or 0: head_dim ** -0.5.
+        attend_padding: do not mask the padding of a grid that window_size does not divide.
     """
 
     attends_to = "its window"
-    citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2"
+    citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2, equation 4"
     impls = ("reference", "sdpa")
     exponent = 1
     minimal_options = {"window_size": 2}
@@ -48,13 +58,16 @@ class WindowAttention(Attention):
         shift: AtLeast0 = 0,
         relative_position_bias: bool = False,
         qkv_bias: bool = True,
+        qk_scale: float | int | None = None,
+        attend_padding: bool = False,
     ) -> None:
         super().__init__(dim, num_heads, impl)
         if shift >= window_size:
             raise InvalidOption(f"shift={shift} is not valid; valid: 0 to window_size - 1 = {window_size - 1}")
         self.window_size = window_size
         self.shift = shift
-        self.scale = (dim // num_heads) ** -0.5
+        self.attend_padding = attend_padding
+        self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = None
@@ -64,7 +77,13 @@ class WindowAttention(Attention):
 
     def groups(self, height: int, width: int) -> TokenPartition:
         """The windows of a ``height x width`` grid."""
-        return TokenPartition(height, width, (self.window_size, self.window_size), shift=(self.shift, self.shift))
+        return self._partition(height, width, shift=(self.shift, self.shift))
+
+    def _partition(
+        self, height: int, width: int, dilation: tuple[int, int] = (1, 1), shift: tuple[int, int] = (0, 0)
+    ) -> TokenPartition:
+        size = self.window_size, self.window_size
+        return TokenPartition(height, width, size, dilation, shift, mask_padding=not self.attend_padding)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         groups = self.groups(x.shape[1], x.shape[2])
@@ -77,13 +96,17 @@ class WindowAttention(Attention):
 
     def _bias(self, groups: TokenPartition, like: Tensor) -> Tensor | None:
         """The sum of relative position bias (m, n, n) and mask (p, 1, n, n); None if neither is needed."""
-        mask = groups.mask(like)
-        if self.relative_position_bias_table is None:
+        mask, table = groups.mask(like), self._bias_table()
+        if table is None:
             return mask
         index = relative_index(self.window_size, like.device)
         # Contiguous, as published: otherwise fused attention copies it once per window.
-        bias = rearrange(self.relative_position_bias_table[index], "q k m -> m q k").to(like.dtype).contiguous()
+        bias = rearrange(table[index], "q k m -> m q k").to(like.dtype).contiguous()
         return bias if mask is None else mask + bias
+
+    def _bias_table(self) -> Float[Tensor, "r m"] | None:
+        """The bias of each relative position, in the order of :func:`relative_index`; None: no bias."""
+        return self.relative_position_bias_table
 
     def grid_multiple(self, height: int, width: int) -> int:
         return self.window_size

@@ -29,6 +29,7 @@ class TokenPartition:
         dilation: distance of a group's neighbours, in tokens.
         shift: displacement of the groups in tokens, at most ``size * dilation``; :meth:`mask` excludes query-key
             pairs that the roll brings together from opposite borders.
+        mask_padding: whether :meth:`mask` excludes the padding. If not, padding is a key like any other.
     """
 
     height: int
@@ -36,6 +37,7 @@ class TokenPartition:
     size: tuple[int, int]
     dilation: tuple[int, int] = (1, 1)
     shift: tuple[int, int] = (0, 0)
+    mask_padding: bool = True
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -66,7 +68,7 @@ class TokenPartition:
         if any(self.shift):
             labels = self._labels(like.device)
             apart = labels[:, None, :, None] != labels[:, None, None, :]
-        elif self.padded != (self.height, self.width):
+        elif self.mask_padding and self.padded != (self.height, self.width):
             real = self._partition_plane(regions.inside(self.height, self.width, self.padded, like.device))
             # A group of padding only keeps its keys: a softmax over no keys would be NaN.
             apart = (~real & real.any(dim=1, keepdim=True))[:, None, None, :]
@@ -75,24 +77,25 @@ class TokenPartition:
         return torch.zeros((), dtype=like.dtype, device=like.device).masked_fill(apart, float("-inf"))
 
     def _labels(self, device: torch.device) -> Int[Tensor, "p n"]:
-        """Labels of tokens: a query attends only to keys of its label. Padding and the sides of a roll are distinct."""
+        """Labels of tokens: a query attends only to keys of its label. Masked padding has one, the sides of a roll."""
         rows, cols = (torch.arange(length, device=device) for length in self.padded)
         wrapped = (rows < self.shift[0]).int()[:, None] * 2 + (cols < self.shift[1]).int()[None, :]
-        return self._partition_plane(
-            torch.where(regions.inside(self.height, self.width, self.padded, device), wrapped, -1)
-        )
+        if self.mask_padding:
+            wrapped = torch.where(regions.inside(self.height, self.width, self.padded, device), wrapped, -1)
+        return self._partition_plane(wrapped)
 
     def _partition_plane(self, plane: Shaped[Tensor, "hp wp"]) -> Shaped[Tensor, "p n"]:
         return self.partition(plane[None, :, :, None])[0, :, :, 0]
 
     def mean_keys(self) -> float:
-        """The number of real tokens in a token's group, averaged over tokens."""
+        """The number of keys in a token's group, averaged over real tokens; padding counts unless it is masked."""
         return self._mean_along(0, self.height) * self._mean_along(1, self.width)
 
     def _mean_along(self, axis: int, length: int) -> float:
         step, extent, shift = self.dilation[axis], self.extent[axis], self.shift[axis]
-        members = Counter(((at - shift) // extent, (at - shift) % step) for at in range(length))
-        return sum(count**2 for count in members.values()) / length
+        groups = [((at - shift) // extent, (at - shift) % step) for at in range(self.padded[axis])]
+        members = Counter(groups[:length] if self.mask_padding else groups)
+        return sum(members[group] for group in groups[:length]) / length
 
 
 def _roll(x: Shaped[Tensor, "b h w d"], down: int, right: int) -> Shaped[Tensor, "b h w d"]:

@@ -1,4 +1,4 @@
-"""Pooled, neighborhood, deformable, quadtree and linear attention, each against a slow implementation by definition."""
+"""Pooled, deformable, quadtree and linear attention by definition; neighborhood is in test_neighborhood.py."""
 
 from functools import partial
 from itertools import product
@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention_zoo import InvalidOption, Unsupported, build, get
+from attention_zoo import InvalidOption, build, get
 from attention_zoo.attentions import quadtree
-from attention_zoo.attentions.neighborhood import flex as neighborhood_flex
-from attention_zoo.ops import flex_backend
 from profiling.cases.case import Case
 from profiling.meters import peak_memory
 
@@ -25,7 +23,11 @@ IMPLS = [(name, impl) for name in NAMES for impl in get(name).impls if impl != "
 GRIDS = [(14, 14), (28, 20), (56, 56), (13, 31), (1, 9), (1, 1)]
 SMALL: dict[str, list[dict[str, Any]]] = {
     "pooled": [{"sr_ratio": 2}, {"sr_ratio": 3}, {"pool": "avg", "pool_size": 3}],
-    "neighborhood": [{"kernel_size": 3}, {"kernel_size": 5, "relative_position_bias": True}],
+    "neighborhood": [
+        {"kernel_size": 3},
+        {"kernel_size": 5, "relative_position_bias": True},
+        {"dilation": 2, "stride": 3},
+    ],
     "deformable": [{}, {"stride": 3, "offset_groups": 3, "relative_position_bias": True}, {"offset_range_factor": 0}],
     "quadtree": [{"levels": 2, "topk": 2}, {"levels": 3, "topk": 3}, {"levels": 1}],
     "linear": [{}],
@@ -151,93 +153,6 @@ def test_average_pooled_keys_are_the_mean_of_each_part(grid: tuple[int, int]) ->
         k, v = module.kv(F.gelu(module.norm(mixed))).chunk(2, -1)
         assert_close(out, module.proj(softmax_attention(module.q(one).flatten(0, 1), k, v)).view_as(out))
     assert module.kv_tokens_per_query(*grid) == len(means)
-
-
-# Neighborhood
-
-
-def around(at: int, kernel: int, length: int) -> range:
-    """The keys along one axis: as many tokens before as after, shifted inwards at the border."""
-    first = at - kernel // 2
-    while first + kernel > length:
-        first -= 1
-    first = max(first, 0)
-    return range(first, min(first + kernel, length))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("impl", ["reference", "sdpa"])
-@pytest.mark.parametrize(
-    ("kernel", "grid"), [(3, (6, 7)), (5, (5, 9)), (5, (3, 8)), (7, (2, 4)), (3, (1, 5)), (1, (2, 3))]
-)
-def test_neighborhood_token_by_token(kernel: int, grid: tuple[int, int], impl: str, biased: bool) -> None:
-    module, x = made("neighborhood", impl, kernel_size=kernel, relative_position_bias=biased), image(*grid)
-    table = module.relative_position_bias_table
-    for one, out in zip(x, module(x), strict=True):
-        q, k, v = module.qkv(one).chunk(3, -1)
-        for row, col in product(range(grid[0]), range(grid[1])):
-            keys = list(product(around(row, kernel, grid[0]), around(col, kernel, grid[1])))
-            assert len(keys) == module.kv_tokens_per_query(*grid)
-            at = tuple(torch.tensor(keys).T)
-            bias = None if table is None else table[:, at[0] - row + kernel - 1, at[1] - col + kernel - 1][:, None]
-            assert_close(out[row, col], module.proj(softmax_attention(q[row, col][None], k[at], v[at], bias))[0])
-
-
-@pytest.mark.parametrize("kernel", [9, 15])
-def test_a_neighborhood_of_the_whole_grid_is_full_attention(kernel: int) -> None:
-    module, x = made("neighborhood", kernel_size=kernel), image(9, 6)
-    assert_close(module(x), full(module, x))
-
-
-def test_even_kernel_is_rejected() -> None:
-    with pytest.raises(InvalidOption, match="odd"):
-        build("neighborhood", dim=DIM, num_heads=HEADS, kernel_size=4)
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("kernel", "grid"), [(3, (9, 20)), (7, (17, 33)), (7, (5, 40)), (11, (8, 16)), (5, (26, 3))])
-def test_flex_attention_equals_the_reference(
-    kernel: int, grid: tuple[int, int], biased: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All but PyTorch's kernel, which has no backward pass on a CPU: blocks, mask, bias and order of tokens."""
-    monkeypatch.setattr(flex_backend, "compiled", lambda: dense_flex_attention)
-    monkeypatch.setattr(neighborhood_flex, "unsupported", lambda x, head_dim: None)
-    result = []
-    for impl in ("reference", "flex"):
-        module = made("neighborhood", impl, kernel_size=kernel, relative_position_bias=biased)
-        x = image(*grid).requires_grad_()
-        out = module(x)
-        result.append({"output": out} | gradients(out, {"input": x, **dict(module.named_parameters())}))
-    for key, exact in result[0].items():
-        assert_close(result[1][key], exact, 1e-10)
-
-
-def dense_flex_attention(q: Tensor, k: Tensor, v: Tensor, biased: Any, mask: Any, scale: float) -> Tensor:
-    """The definition of flex_attention, with every score written out."""
-    tokens, heads = torch.arange(q.shape[2]), torch.arange(q.shape[1])[:, None, None]
-    where = torch.zeros_like(tokens)[:, None], heads, tokens[:, None], tokens[None, :]
-    scores = q @ k.transpose(-2, -1) * scale
-    scores = scores if biased is None else biased(scores, *where)
-    blocks = mask.to_dense()[0, 0].repeat_interleave(128, 0).repeat_interleave(128, 1).bool()
-    return torch.softmax(scores.masked_fill(~(blocks & mask.mask_mod(*where)), float("-inf")), -1) @ v
-
-
-@pytest.mark.parametrize(("kernel", "grid"), [(3, (9, 20)), (7, (30, 70)), (7, (3, 40)), (21, (64, 33))])
-def test_blocks_that_flex_attention_leaves_out_hold_no_key(kernel: int, grid: tuple[int, int]) -> None:
-    mask = neighborhood_flex.block_mask(*grid, kernel, torch.device("cpu"))
-    cols = -(-grid[1] // neighborhood_flex.TILE[1])
-    needed = set()
-    for row, col in product(range(grid[0]), range(grid[1])):
-        for y, x in product({*around(row, kernel, grid[0])}, {*around(col, kernel, grid[1])}):
-            needed.add((row // 8 * cols + col // 16, y // 8 * cols + x // 16))
-    assert {tuple(pair) for pair in mask.to_dense()[0, 0].nonzero().tolist()} == needed
-
-
-def test_flex_attention_raises_unsupported_with_reason() -> None:
-    with pytest.raises(Unsupported, match="no backward pass on cpu"):
-        build("neighborhood", dim=64, num_heads=2, impl="flex")(torch.zeros(1, 8, 8, 64))
-    for device in ("cpu", "meta"):
-        assert build("neighborhood", dim=64, num_heads=2).chosen_impl(torch.zeros(1, 8, 8, 64, device=device)) == "sdpa"
 
 
 # Deformable

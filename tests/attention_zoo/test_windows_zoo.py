@@ -123,24 +123,31 @@ def cross_oracle(module: Any, x: Tensor) -> Tensor:
 
 
 def stripes_oracle(module: Any, x: Tensor) -> Tensor:
-    """Half of the heads by rows, half by columns, each with the 3x3 sums of the values in the same stripe."""
-    width, half = module.stripe_width, x.shape[-1] // 2
+    """Half of the heads by columns, half by rows, each with the 3x3 sums of the values in the same stripe.
+
+    Of an odd number of heads the first half has one more.
+    """
+    width, size = module.stripe_width, x.shape[-1] // module.num_heads
+    half = (module.num_heads + 1) // 2
     q, k, v = module.qkv(x).chunk(3, -1)
     out = []
-    for branch, group in enumerate((lambda row, col: row // width, lambda row, col: col // width)):
-        part = slice(branch * half, (branch + 1) * half)
+    for branch, group in enumerate((lambda row, col: col // width, lambda row, col: row // width)):
+        heads = module.num_heads - half if branch else half
+        part = slice(half * size, None) if branch else slice(0, half * size)
         together = torch.cat([q[..., part], k[..., part], v[..., part]], -1)
         kernel, bias = module.lepe[branch].weight[:, 0], module.lepe[branch].bias
 
-        def mix(tokens: Tensor, places: list[Place], kernel: Tensor = kernel, bias: Tensor = bias) -> Tensor:
+        def mix(
+            tokens: Tensor, places: list[Place], kernel: Tensor = kernel, bias: Tensor = bias, heads: int = heads
+        ) -> Tensor:
             tq, tk, tv = tokens.chunk(3, -1)
             y, x = (torch.tensor(axis) for axis in zip(*places, strict=True))
             # Zeros around the kernel cover positions beyond its reach.
             dy, dx = ((axis[None] - axis[:, None]).clamp(-2, 2) + 2 for axis in (y, x))
             near = F.pad(kernel, (1, 1, 1, 1))[:, dy, dx].permute(1, 2, 0)
-            return softmax_of(tq, tk, tv, module.num_heads // 2) + (near * tv[None]).sum(1) + bias
+            return softmax_of(tq, tk, tv, heads) + (near * tv[None]).sum(1) + bias
 
-        out.append(by_groups(together, group, mix, half))
+        out.append(by_groups(together, group, mix, heads * size))
     return module.proj(torch.cat(out, -1))
 
 
