@@ -1,5 +1,7 @@
 """Full attention: every token attends to every token of its image."""
 
+from collections.abc import Callable
+
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,8 +15,11 @@ from attention_zoo.ops.softmax_attention import merge_heads, softmax_attention, 
 class FullAttention(Attention):
     """Multi-head self-attention over the whole grid, scaled by head_dim ** -0.5; the Block's topk = -1.
 
+    The paper's projections have no biases. The output projection has one here, as in vision transformers and in
+    BiFormer's Block.
+
     Args:
-        qkv_bias: whether the qkv projection has a bias (the published Block has none).
+        qkv_bias: whether the qkv projection has a bias (the paper and BiFormer's Block have none, ViT has one).
         impl: ``reference`` materialises the attention matrix, ``sdpa`` is PyTorch's fused attention.
     """
 
@@ -32,12 +37,16 @@ class FullAttention(Attention):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         return self.proj(self._mix(x))
 
-    def _mix(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+    def _mix(
+        self, x: Float[Tensor, "b h w c"], local: Callable[[Tensor], Tensor] | None = None
+    ) -> Float[Tensor, "b h w c"]:
+        """Attention without the output projection, plus ``local`` of the values (b, h, w, c) if given."""
         height = x.shape[1]
         tokens = rearrange(x, "b h w c -> b (h w) c")
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(tokens).chunk(3, dim=-1))
         out = softmax_attention(q, k, v, self.scale, impl=self.chosen_impl(x))
-        return rearrange(merge_heads(out), "b (h w) c -> b h w c", h=height)
+        out = rearrange(merge_heads(out), "b (h w) c -> b h w c", h=height)
+        return out if local is None else out + local(rearrange(v, "b m (h w) d -> b h w (m d)", h=height))
 
     def macs(self, height: int, width: int) -> Macs:
         n = height * width

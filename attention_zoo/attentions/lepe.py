@@ -1,4 +1,6 @@
-"""Full attention with a locally-enhanced position encoding of its input."""
+"""Full attention with a locally-enhanced position encoding."""
+
+from typing import Literal
 
 from einops import rearrange
 from jaxtyping import Float
@@ -14,11 +16,14 @@ from attention_zoo.core.registry import register
 class LePEAttention(FullAttention):
     """Full attention plus a depthwise convolution of its input, before the output projection; topk = -2.
 
-    LePE was published as a convolution of the values (CSWin: softmax(q k^T / sqrt(d)) v + DWConv(v)). The published
-    Block convolves the attention's input instead, as does this class.
+    LePE was published as a convolution of the values (CSWin: softmax(q k^T / sqrt(d)) v + DWConv(v), kernel 3).
+    BiFormer's Block convolves the attention's input instead (kernel 5), which is the default here. CSWin's code does
+    this in stripes (``cross_shaped``); its last stage has a single stripe, which is ``lepe_of="values"`` with
+    side_dwconv 3 and qkv_bias.
 
     Args:
         side_dwconv: kernel of the depthwise convolution, odd; 0: none.
+        lepe_of: what is convolved.
     """
 
     attends_to = "every token, plus a local convolution"
@@ -26,16 +31,29 @@ class LePEAttention(FullAttention):
     minimal_options = {"side_dwconv": 3}
 
     def __init__(
-        self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = False, side_dwconv: AtLeast0 = 5
+        self,
+        dim: int,
+        num_heads: int,
+        impl: Impl = "auto",
+        *,
+        qkv_bias: bool = False,
+        side_dwconv: AtLeast0 = 5,
+        lepe_of: Literal["input", "values"] = "input",
     ) -> None:
         super().__init__(dim, num_heads, impl, qkv_bias=qkv_bias)
+        self.lepe_of = lepe_of
         self.lepe = depthwise(dim, side_dwconv, "side_dwconv") if side_dwconv else None
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
-        out = self._mix(x)
-        if self.lepe is not None:
-            out = out + rearrange(self.lepe(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
-        return self.proj(out)
+        if self.lepe is None:
+            return self.proj(self._mix(x))
+        if self.lepe_of == "values":
+            return self.proj(self._mix(x, self._convolved))
+        return self.proj(self._mix(x) + self._convolved(x))
+
+    def _convolved(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
+        assert self.lepe is not None
+        return rearrange(self.lepe(rearrange(x, "b h w c -> b c h w")), "b c h w -> b h w c")
 
     def macs(self, height: int, width: int) -> Macs:
         kernel = 0 if self.lepe is None else self.lepe.kernel_size[0]

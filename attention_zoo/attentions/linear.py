@@ -3,6 +3,8 @@
 Shape legend: b batch, m heads, n tokens, d channels of a head.
 """
 
+from typing import Annotated
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -10,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_zoo.core.base import Attention, Impl, Macs
+from attention_zoo.core.options import Range
 from attention_zoo.core.registry import register
 from attention_zoo.ops.softmax_attention import merge_heads, split_heads
 
@@ -18,20 +21,31 @@ from attention_zoo.ops.softmax_attention import merge_heads, split_heads
 class LinearAttention(Attention):
     """Attention with weights phi(q) . phi(k), phi(x) = elu(x) + 1: a control whose cost is linear in tokens.
 
-    As published, the feature map is applied to unscaled queries and keys. The denominator is clamped to the smallest
-    normal number; the published code adds 1e-6 instead.
+    As published, the feature map is applied to unscaled queries and keys. The equations have no term that keeps the
+    denominator from zero: here it is at least the smallest normal number. The published code adds 1e-6 to it instead
+    (``eps``), and has separate projections of q, k and v.
 
     Args:
+        eps: added to the denominator; published code: 1e-6. 0: none, as in the paper.
         qkv_bias: whether the qkv projection has a bias (the published layer has one).
     """
 
     attends_to = "a summary of all tokens"
-    citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020 (linearised attention, feature map elu + 1)"
+    citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020, eq. 5 (linearised attention) and 7 (elu + 1)"
     impls = ("reference",)
     exponent = 1
 
-    def __init__(self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        impl: Impl = "auto",
+        *,
+        eps: Annotated[float | int, Range(0)] = 0.0,
+        qkv_bias: bool = True,
+    ) -> None:
         super().__init__(dim, num_heads, impl)
+        self.eps = eps
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
@@ -41,7 +55,8 @@ class LinearAttention(Attention):
         q, k = F.elu(q) + 1, F.elu(k) + 1
         summary: Float[Tensor, "b m d d"] = k.transpose(-2, -1) @ v
         total: Float[Tensor, "b m n 1"] = q @ k.sum(dim=-2)[..., None]
-        out = q @ summary / total.clamp_min(torch.finfo(total.dtype).tiny)
+        total = total + self.eps if self.eps else total.clamp_min(torch.finfo(total.dtype).tiny)
+        out = q @ summary / total
         return self.proj(rearrange(merge_heads(out), "b (h w) c -> b h w c", h=x.shape[1]))
 
     def macs(self, height: int, width: int) -> Macs:

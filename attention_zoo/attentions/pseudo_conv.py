@@ -10,7 +10,10 @@ from attention_zoo.core.registry import register
 
 @register("pseudo_conv")
 class PseudoConv(Attention):
-    """1x1 conv, 5x5 depthwise conv, 1x1 conv; the Block's topk = 0. num_heads has no effect."""
+    """1x1 conv, 5x5 depthwise conv, 1x1 conv; the Block's topk = 0. num_heads has no effect.
+
+    Its definition is BiFormer's code. All three have biases, and nothing nonlinear stands between them.
+    """
 
     attends_to = "a 5 x 5 neighbourhood, with fixed weights"
     citation = "Zhu et al., BiFormer, CVPR 2023: the published Block's topk = 0"
