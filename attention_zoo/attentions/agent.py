@@ -48,6 +48,12 @@ class AgentAttention(Attention):
 
     attends_to = "a few agents, which attend to every token"
     citation = "Han et al., Agent Attention, ECCV 2024, eq. 3 (agent attention) and 6 (with agent bias and convolution)"
+    equation = "softmax(q aᵀ/√d + B2) softmax(a kᵀ/√d + B1) v + DWConv(v), agents a: pooled queries (eq. 3, 6)"
+    left_open = (
+        "form of B1, B2: block, row and column biases as the code; other grids: tables interpolated; fewer "
+        "tokens than agents: agents repeat"
+    )
+    departs = "one qkv layer instead of two; no class token; no sub-sampling; biases not interpolated between agents"
     impls = ("reference", "sdpa")
     exponent = 1
     minimal_options = {"agents_per_side": 2, "table_side": 4}

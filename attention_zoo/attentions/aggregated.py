@@ -63,6 +63,15 @@ class AggregatedAttention(Attention):
 
     attends_to = "the tokens around it, and a pooled grid, in one softmax"
     citation = "Shi, TransNeXt: Robust Foveal Visual Perception for Vision Transformers, CVPR 2024, section 3"
+    equation = "softmax([window; pooled]) of (q̂ + QE) softplus(τ) log N k̂ + B; then + (q̂ T + b) in the window"
+    left_open = (
+        "other resolutions: all from the grid; pooled size: sr_ratio or pool_size; position bias: computed or "
+        "interpolated"
+    )
+    departs = (
+        "any grid (theirs: one resolution, no side below sr_ratio); a bias without effect omitted at sr_ratio "
+        "1; 1x1 convolution is a Linear"
+    )
     exponent = 2
     minimal_options = {"sr_ratio": 2, "pretrained_size": 4}
     by_stage = {"sr_ratio": (8, 4, 2, 1)}

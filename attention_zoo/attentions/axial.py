@@ -27,6 +27,9 @@ class AxialAttention(Attention):
 
     attends_to = "its row, then its column"
     citation = "Ho et al., Axial Attention in Multidimensional Transformers, 2019 (row attention, column attention)"
+    equation = "attention along rows, then along columns"
+    left_open = "order: rows first, as theirs"
+    departs = "biases of q, k, v off by default; no masks; normalisation, residual and MLP left to the block"
     impls = ("reference", "sdpa")
     exponent = 1.5
 

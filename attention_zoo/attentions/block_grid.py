@@ -47,6 +47,9 @@ class BlockGridAttention(Attention):
 
     attends_to = "its window, then a sparse grid"
     citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022 (Max-SA: block, then grid attention)"
+    equation = "attention in windows, then in a sparse grid over the image, each with B"
+    left_open = "ragged grids: masked padding"
+    departs = "theirs refuses ragged grids; its bias table is reversed on both axes"
     impls = ("reference", "sdpa")
     exponent = 1
     minimal_options = {"window_size": 2, "grid_size": 2}

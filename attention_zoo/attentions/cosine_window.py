@@ -51,6 +51,9 @@ class CosineWindowAttention(WindowAttention):
 
     attends_to = "its window, by cosine"
     citation = "Liu et al., Swin Transformer V2, CVPR 2022, equations 2 to 4 (scaled cosine attention, log-spaced CPB)"
+    equation = "softmax(cos(q, k)/τ + 16 sigmoid(MLP(log-spaced Δ))) v in windows (eq. 2 to 4)"
+    left_open = "padding: masked; shift per block: an option, 0; window: 8"
+    departs = "ragged grids accepted; mask of -inf instead of -100; window and shift do not shrink on small grids"
     table_dtype: ClassVar[torch.dtype | None] = None
 
     def __init__(

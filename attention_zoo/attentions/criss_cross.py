@@ -43,6 +43,9 @@ class CrissCrossAttention(Attention):
 
     attends_to = "its row and column at once, repeatedly"
     citation = "Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019 (affinity, aggregation)"
+    equation = "softmax over row and column of q kᵀ, times v, repeated with shared weights"
+    left_open = "nothing"
+    departs = "defaults: heads, scale and output projection; the published layout by options"
     exponent = 1.5
     minimal_options = {"recurrence": 1}
 

@@ -32,8 +32,11 @@ class CrossCovarianceAttention(Attention):
         qkv_bias: whether the qkv projection has a bias, as in the published models.
     """
 
-    attends_to = "its own channels, weighted by their covariance over all tokens"
+    attends_to = "its own channels, by their covariance over all tokens"
     citation = "El-Nouby et al., XCiT: Cross-Covariance Image Transformers, NeurIPS 2021, section 3.2 (XCA)"
+    equation = "v softmax(k̂ᵀ q̂ τ) among the channels of a head"
+    left_open = "temperature: multiplied, as the code; local patch interaction: left to the block"
+    departs = "nothing"
     exponent = 1
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto", *, qkv_bias: bool = True) -> None:

@@ -47,6 +47,12 @@ class CrossShapedAttention(Attention):
 
     attends_to = "a stripe of rows, and one of columns"
     citation = "Dong et al., CSWin Transformer, CVPR 2022 (H-Attention, V-Attention, LePE)"
+    equation = "attention in horizontal stripes by one half of the heads, in vertical ones by the other, + LePE"
+    left_open = "odd heads: the first half gets one more"
+    departs = (
+        "padding masked, at the end (theirs: attend_padding, on both sides); the last stage is not global by "
+        "itself"
+    )
     impls = ("reference", "sdpa")
     exponent = 1.5
     minimal_options = {"stripe_width": 2}

@@ -47,6 +47,12 @@ class DeformableAttention(Attention):
 
     attends_to = "points sampled where the image asks for it"
     citation = "Xia et al., Vision Transformer with Deformable Attention, CVPR 2022, section 3.2 (deformable attention)"
+    equation = "softmax(q k̃ᵀ/√d + B) ṽ over tokens sampled at reference points plus offsets"
+    left_open = "offset range and reference points: as the paper's text"
+    departs = (
+        "both published codes: the first has points at cell centres and a range of 1/H, the second shifts "
+        "them by half a spacing"
+    )
     impls = ("reference", "sdpa")
     exponent = 2
     minimal_options = {"stride": 2, "offset_kernel": 3}

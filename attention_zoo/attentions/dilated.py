@@ -44,6 +44,9 @@ class DilatedWindowAttention(WindowAttention):
 
     attends_to = "a window's worth of tokens, spaced apart"
     citation = "Wang et al., CrossFormer, ICLR 2022 (long-distance attention, LDA; dynamic position bias, DPB)"
+    equation = "softmax(q kᵀ/√d + DPB(Δ)) v among tokens at a fixed interval"
+    left_open = "ragged grids: masked padding"
+    departs = "DPB off by default, without its last bias, which has no effect; small grids are still dilated"
     minimal_options = {"window_size": 2, "dilation": 2}
     by_stage = {"dilation": (8, 4, 2, 1)}
 

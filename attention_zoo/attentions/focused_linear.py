@@ -49,6 +49,15 @@ class FocusedLinearAttention(Attention):
 
     attends_to = "a summary of all tokens, plus a local convolution"
     citation = "Han et al., FLatten Transformer, ICCV 2023, section 4 (focused function, rank restoration)"
+    equation = "φ(q)(φ(k)ᵀv) / φ(q)Σφ(k)ᵀ + DWConv(v), φ(x) = f(ReLU(x)), f(x) = |x|/|xᵖ| xᵖ"
+    left_open = (
+        "norms: over all channels; learned scale and position encoding: as the code; other grids: encoding "
+        "interpolated"
+    )
+    departs = (
+        "one qkv layer; no sub-sampling; tokens divided by their largest channel before the power, which "
+        "changes no value"
+    )
     exponent = 1
     minimal_options = {"dwc_kernel": 3, "table_side": 4}
     by_stage = {"table_side": (56, 28, 14, 7)}

@@ -25,6 +25,9 @@ class FullAttention(Attention):
 
     attends_to = "every token"
     citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1 (scaled dot-product attention)"
+    equation = "softmax(q kᵀ/√d) v (eq. 1)"
+    left_open = "biases: an option"
+    departs = "an output projection with bias, as ViT; no masks, no dropout"
     impls = ("reference", "sdpa")
     exponent = 2
 

@@ -28,6 +28,9 @@ class LePEAttention(FullAttention):
 
     attends_to = "every token, plus a local convolution"
     citation = "Dong et al., CSWin Transformer, CVPR 2022 (LePE); BiFormer's Block applies it to the input"
+    equation = "softmax(q kᵀ/√d) v + DWConv(v)"
+    left_open = "kernel: an option"
+    departs = "the input is convolved, as in BiFormer's Block; lepe_of=values for CSWin"
     minimal_options = {"side_dwconv": 3}
 
     def __init__(

@@ -50,6 +50,12 @@ class ManhattanAttention(Attention):
 
     attends_to = "every token, less with Manhattan distance, by row and column"
     citation = "Fan et al., RMT: Retentive Networks Meet Vision Transformers, CVPR 2024 (MaSA, decomposed MaSA, LCE)"
+    equation = "(softmax(q kᵀ) ⊙ g^(|dy|+|dx|)) v + DWConv(v); or rows with g^|dx|, then columns with g^|dy|"
+    left_open = (
+        "normalise before or after decay: after, as the code; rotation of q, k: on; g: 1 - 2^-(2 + 4 "
+        "head/heads)"
+    )
+    departs = "one qkv layer; tables not rounded to fp32; an odd number of channels per head refused while rotary"
     impls = ("reference", "sdpa")
     minimal_options = {"lce_kernel": 3}
     by_stage = {"decomposed": (True, True, True, False), "decay_range": (4, 4, 6, 6)}

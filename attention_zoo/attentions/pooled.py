@@ -41,6 +41,9 @@ class PooledAttention(Attention):
 
     attends_to = "a sub-sampled grid"
     citation = "Wang et al., Pyramid Vision Transformer, ICCV 2021 (SRA); avg: PVT v2, CVMJ 2022 (linear SRA)"
+    equation = "softmax(q SR(k)ᵀ/√d) SR(v); avg: SR is average pooling to a fixed size"
+    left_open = "ragged grids: padded with zeros; small grids: short sides kept"
+    departs = "theirs drops the border, refuses a side below sr_ratio, and repeats keys in avg"
     impls = ("reference", "sdpa")
     exponent = 2
     minimal_options = {"sr_ratio": 2, "pool_size": 2}

@@ -17,6 +17,9 @@ class PseudoConv(Attention):
 
     attends_to = "a 5 x 5 neighbourhood, with fixed weights"
     citation = "Zhu et al., BiFormer, CVPR 2023: the published Block's topk = 0"
+    equation = "a depthwise convolution and linear maps, as the Block with topk = 0"
+    left_open = "nothing"
+    departs = "nothing"
     exponent = 1
 
     def __init__(self, dim: int, num_heads: int, impl: Impl = "auto") -> None:

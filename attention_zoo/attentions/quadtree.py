@@ -27,8 +27,9 @@ class QuadtreeAttention(Attention):
 
     Queries, keys and values of a level are the 2x2 averages of the next finer one. Every level computes a message.
     Messages are summed, weighted by a softmax over one learned number per level; a coarse message is added to all
-    its descendants. Each head and each query selects its own topk keys. The optional position convolution of the
-    values in the published code (off by default there) is omitted.
+    its descendants. Each head and each query selects its own topk keys. This is the variant of
+    feature matching. The published vision backbone also pools values by a learned stack and adds a position convolution
+    of the values; neither is built here.
 
     A grid that 2 ** (levels - 1) does not divide is zero-padded at the bottom and right; averages exclude the
     padding and no query attends to it. A grid too small for ``levels`` has as many as fit its shorter side, without
@@ -43,6 +44,9 @@ class QuadtreeAttention(Attention):
 
     attends_to = "the finest descendants of its best coarse keys"
     citation = "Tang et al., QuadTree Attention for Vision Transformers, ICLR 2022 (QuadTree-B)"
+    equation = "Σ over levels of w · softmax(q kᵀ/√d) v among the children of the parents' topk keys"
+    left_open = "padding: masked; small grids: fewer levels"
+    departs = "the variant of feature matching: the vision backbone's pools values by a learned stack and adds LePE"
     impls = ("reference", "sdpa")
     exponent = 2
     minimal_options = {"levels": 2, "topk": 2}

@@ -34,6 +34,9 @@ class ShiftedWindowAttention(WindowAttention):
 
     attends_to = "its window, displaced by half a window"
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2 (shifted windows), equations 3 and 4"
+    equation = "softmax(q kᵀ/√d + B) v in displaced windows (Swin, eq. 3, 4)"
+    left_open = "small grids: an axis that one window covers is not displaced"
+    departs = "padding masked (theirs: attend_padding); the window does not shrink on small grids"
 
     def __init__(
         self,

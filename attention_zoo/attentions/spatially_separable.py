@@ -34,6 +34,9 @@ class SpatiallySeparableAttention(Attention):
 
     attends_to = "its window, then a sub-sampled grid"
     citation = "Chu et al., Twins, NeurIPS 2021 (Twins-SVT: LSA, then GSA)"
+    equation = "LSA: attention in windows; then GSA: attention to a sub-sampled grid"
+    left_open = "ragged grids: masked padding"
+    departs = "padding masked (theirs: attend_padding); residual and MLP left to the block"
     impls = ("reference", "sdpa")
     exponent = 2
     minimal_options = {"window_size": 2, "sr_ratio": 2}

@@ -54,6 +54,9 @@ class SuperTokenAttention(Attention):
 
     attends_to = "super tokens, gathered around it"
     citation = "Huang et al., Vision Transformer with Super Token Sampling, CVPR 2023 (super token attention)"
+    equation = "Q = softmax(x sᵀ/√d) over 3 x 3 cells, S = normalised Qᵀx, Q MHSA(S)"
+    left_open = "cells beyond the border: score 0, as the code; gradient through Q: none, as the code; padding: masked"
+    departs = "padding (theirs counts it: mask_padding=False); shifts instead of identity convolutions"
     impls = ("reference", "sdpa")
     # The association's gradients are left out by default, which finite differences would notice.
     minimal_options = {"super_token_size": 2, "detach_association": False}

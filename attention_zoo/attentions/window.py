@@ -44,6 +44,9 @@ class WindowAttention(Attention):
 
     attends_to = "its window"
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2, equation 4"
+    equation = "softmax(q kᵀ/√d + B) v in windows (Swin, eq. 4)"
+    left_open = "nothing: sizes are options"
+    departs = "B off by default; padding masked (theirs: attend_padding)"
     impls = ("reference", "sdpa")
     exponent = 1
     minimal_options = {"window_size": 2}

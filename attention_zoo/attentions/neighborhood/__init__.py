@@ -59,6 +59,9 @@ class NeighborhoodAttention(Attention):
         "Hassani et al., Neighborhood Attention Transformer, CVPR 2023 (neighborhood attention); dilation: Hassani "
         "and Shi, DiNAT, 2022; stride: Hassani et al., Generalized Neighborhood Attention, 2025"
     )
+    equation = "softmax over the nearest k x k tokens of q kᵀ/√d + B; dilation and stride as DiNAT and GNA"
+    left_open = "small grids: the window spans the side; bias with stride: of the leader's window"
+    departs = "bias off by default; the first code pads small grids (attend_padding), later ones refuse them"
     impls = ("reference", "sdpa", "flex")
     exponent = 1
     minimal_options = {"kernel_size": 3}
