@@ -66,7 +66,8 @@ def add(command: Parser, begin: float) -> None:
     command.add_argument("--memory", required=True, metavar="SIZE", help=f"such as 8GiB; units: {', '.join(BYTES)}")
     command.add_argument("--latency", metavar="TIME", help=f"such as 5ms; units: {', '.join(MILLISECONDS)}")
     command.add_argument("--mode", choices=CHOICES["mode"], default="forward", help="(default: forward)")
-    command.add_argument("--dtype", choices=CHOICES["dtype"], default="fp32", help="(default: fp32)")
+    dtypes = f"{', '.join(CHOICES['dtype'])} (default: fp32)"
+    command.add_argument("--dtype", choices=CHOICES["dtype"], default="fp32", metavar="DTYPE", help=dtypes)
     message = "cpu, cuda, auto (cuda if there is one; the default), or a folder of --results"
     command.add_argument("--device", default="auto", metavar="DEVICE", help=message)
     message = "time the N best here; without N, as many as --seconds allow"

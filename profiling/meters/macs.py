@@ -54,11 +54,19 @@ def by_fvcore(work: Workload) -> int:
     try:
         with work.settings(), torch.no_grad():
             analysis = FlopCountAnalysis(work.module.eval(), work.x.detach())
-            analysis.set_op_handle(**FUSED, **OPERATOR_MACS)
+            analysis.set_op_handle(**FUSED, **OPERATOR_MACS, **RESAMPLING)
             return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())
     finally:
         for module, was in training.items():
             module.training = was
+
+
+def _no_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    return 0
+
+
+RESAMPLING = dict.fromkeys(("aten::upsample_bilinear2d", "aten::adaptive_avg_pool2d"), _no_macs)
+"""Operators that fvcore counts, and neither formulas nor FlopCounterMode do."""
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> int:

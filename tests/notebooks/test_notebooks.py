@@ -267,7 +267,7 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
     [
         ("memory_resolution_curves", "memory runs out at these tokens per side (interpolated): full near 32."),
         ("memory_resolution_curves", "bra, my_plugin still fit at 128 x 128, with at most 256 MiB."),
-        ("memory_resolution_curves", "Predicted and measured peak memory are equal in all 56 measured cells."),
+        ("memory_resolution_curves", "Predicted and measured peak memory are equal in all 58 measured cells."),
         ("memory_resolution_curves", "| full | reference | forward | 3 | +0.000% | +0.000% | 56 x 56, fp32, batch 1, "),
         ("memory_resolution_curves", "takes 48.0x as long with full (48.0 ms) as with my_plugin (1.00 ms)."),
         ("memory_resolution_curves", "| full | near 32 (fits at 16, not at 64) | 2.00 |"),
