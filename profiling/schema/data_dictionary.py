@@ -35,7 +35,8 @@ kernels work on copies that no rule covers.
 - `intel-xeon-2-threads`: every sweep, of 17 attentions; three processes or more for each timed cell. `bra_speed` is of
   an earlier version of `impl="sdpa"`. In `stl`, `dilated` was measured with an interval of 2 in every stage, which is
   now 8, 4, 2, 1; `cross_shaped` had the halves of its heads in the other order, which matters on oblong grids.
-- `amd-epyc-2-threads`: `complexity` of 25 attentions, the others of 17. Other programs used the machine. In 17 of 1,361 timed rows the 95 % interval of the median
+- `amd-epyc-2-threads`: `complexity` of 25 attentions, the others of 17. Other programs used the machine.
+  In 17 of 1,361 timed rows the 95 % interval of the median
   became narrower than 2 % (`latency_stop` is `converged`); in the others the time limit ended sampling. Ratios within
   a sweep are usable, single latencies are not.
 - `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;
