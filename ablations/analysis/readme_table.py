@@ -10,6 +10,7 @@ import pandas as pd
 
 from ablations.analysis.units import in_words, short
 from attention_zoo import InvalidOption, get, names
+from attention_zoo.core.base import FAMILIES
 from profiling.cases.case import available_impls
 from profiling.schema.row import load
 
@@ -22,7 +23,7 @@ POWERS = {"1": "HW", "1.33": "(HW)^4/3", "1.5": "(HW)^3/2", "2": "(HW)^2"}
 
 
 def markdown(results: Path) -> str:
-    """Return the table, least memory first, and a note on its numbers; values missing in the results are empty.
+    """Return the table by family, least memory first, and a note on its numbers; what no result tells is empty.
 
     Raises:
         InvalidOption: no folder of ``results`` holds the sweep.
@@ -30,14 +31,15 @@ def markdown(results: Path) -> str:
     rows = _rows(results)
     known = [row for row in rows.sort_values("memory_predicted_bytes").to_dict("records") if row["name"] in names()]
     missing = set(names()) - {row["name"] for row in known}
-    lines = ["| name | a query attends to | impls | MACs grow as | MACs | memory | source |"]
-    lines.append("|---|---|---|---|--:|--:|---|")
-    lines += [_line(row["name"], row) for row in known] + [_line(name, {}) for name in sorted(missing)]
+    lines = ["| family | name | a query attends to | impls | MACs grow as | MACs | memory | source |"]
+    lines.append("|---|---|---|---|---|--:|--:|---|")
+    cells = [(str(row["name"]), row) for row in known] + [(name, {}) for name in sorted(missing)]
+    lines += [_line(*cell) for family in FAMILIES for cell in cells if _family(cell[0]) == family]
     first = rows.iloc[0]
     note = (
         f"At {GRID} x {GRID} tokens (HW = {GRID**2:,}), batch {first['batch']}, dim {first['dim']}, "
         f"{first['num_heads']} heads, {first['dtype']}: MACs of the forward pass, and peak memory of a training step, "
-        f'predicted for `impl="{IMPL}"` on {first["device_name"]}. Least memory first.'
+        f'predicted for `impl="{IMPL}"` on {first["device_name"]}. In a family, least memory first.'
     )
     return "\n".join([*lines, "", *textwrap.wrap(note, 110, break_on_hyphens=False), ""])
 
@@ -83,13 +85,17 @@ def _rows(results: Path) -> pd.DataFrame:
     raise InvalidOption(f"{results}: no results at {GRID} x {GRID}; make them with: {command}")
 
 
+def _family(name: str) -> str:
+    return getattr(get(name), "family", "other")
+
+
 def _line(name: str, row: Mapping[Hashable, Any]) -> str:
     macs, memory, n_win, power = (
         None if pd.isna(value) else value
         for value in map(row.get, ("macs_counted", "memory_predicted_bytes", "n_win", "exponent_theory"))
     )
     cells = [
-        f"`{name}`" + (f", n_win {n_win}" if n_win else ""), getattr(get(name), "attends_to", ""),
+        _family(name), f"`{name}`" + (f", n_win {n_win}" if n_win else ""), getattr(get(name), "attends_to", ""),
         ", ".join(available_impls(name)), POWERS.get(f"{power:.3g}", "") if power else "",
         short(macs) if macs else "", in_words(memory) if memory else "", source(name),
     ]  # fmt: skip

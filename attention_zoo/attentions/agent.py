@@ -46,6 +46,7 @@ class AgentAttention(Attention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
+    family = "linear"
     attends_to = "a few agents, which attend to every token"
     citation = "Han et al., Agent Attention, ECCV 2024, eq. 3 (agent attention) and 6 (with agent bias and convolution)"
     equation = "softmax(q aᵀ/√d + B2) softmax(a kᵀ/√d + B1) v + DWConv(v), agents a: pooled queries (eq. 3, 6)"

@@ -61,6 +61,7 @@ class AggregatedAttention(Attention):
         InvalidOption: window_size is even, or position_bias "interpolated" comes without pretrained_size.
     """
 
+    family = "pooled"
     attends_to = "the tokens around it, and a pooled grid, in one softmax"
     citation = "Shi, TransNeXt: Robust Foveal Visual Perception for Vision Transformers, CVPR 2024, section 3"
     equation = "softmax([window; pooled]) of (q̂ + QE) softplus(τ) log N k̂ + B; then + (q̂ T + b) in the window"

@@ -25,6 +25,7 @@ class AxialAttention(Attention):
         qkv_bias: whether the projections to q, k and v have a bias; in the authors' code: true.
     """
 
+    family = "axial"
     attends_to = "its row, then its column"
     citation = "Ho et al., Axial Attention in Multidimensional Transformers, 2019 (row attention, column attention)"
     equation = "attention along rows, then along columns"

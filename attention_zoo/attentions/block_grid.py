@@ -45,6 +45,7 @@ class BlockGridAttention(Attention):
         qkv_bias: whether the qkv projections have a bias.
     """
 
+    family = "sampled"
     attends_to = "its window, then a sparse grid"
     citation = "Tu et al., MaxViT: Multi-Axis Vision Transformer, ECCV 2022 (Max-SA: block, then grid attention)"
     equation = "attention in windows, then in a sparse grid over the image, each with B"

@@ -49,6 +49,7 @@ class CosineWindowAttention(WindowAttention):
             code computes them in fp32 for every input.
     """
 
+    family = "local"
     attends_to = "its window, by cosine"
     citation = "Liu et al., Swin Transformer V2, CVPR 2022, equations 2 to 4 (scaled cosine attention, log-spaced CPB)"
     equation = "softmax(cos(q, k)/τ + 16 sigmoid(MLP(log-spaced Δ))) v in windows (eq. 2 to 4)"

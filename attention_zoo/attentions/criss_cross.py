@@ -41,6 +41,7 @@ class CrissCrossAttention(Attention):
         InvalidOption: num_heads * qk_reduction does not divide dim.
     """
 
+    family = "axial"
     attends_to = "its row and column at once, repeatedly"
     citation = "Huang et al., CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019 (affinity, aggregation)"
     equation = "softmax over row and column of q kᵀ, times v, repeated with shared weights"

@@ -32,6 +32,7 @@ class CrossCovarianceAttention(Attention):
         qkv_bias: whether the qkv projection has a bias, as in the published models.
     """
 
+    family = "channel"
     attends_to = "its own channels, by their covariance over all tokens"
     citation = "El-Nouby et al., XCiT: Cross-Covariance Image Transformers, NeurIPS 2021, section 3.2 (XCA)"
     equation = "v softmax(k̂ᵀ q̂ τ) among the channels of a head"

@@ -45,6 +45,7 @@ class CrossShapedAttention(Attention):
         InvalidOption: num_heads is 1, which has no halves.
     """
 
+    family = "axial"
     attends_to = "a stripe of rows, and one of columns"
     citation = "Dong et al., CSWin Transformer, CVPR 2022 (H-Attention, V-Attention, LePE)"
     equation = "attention in horizontal stripes by one half of the heads, in vertical ones by the other, + LePE"

@@ -45,6 +45,7 @@ class DeformableAttention(Attention):
             and point (on in the published model).
     """
 
+    family = "sampled"
     attends_to = "points sampled where the image asks for it"
     citation = "Xia et al., Vision Transformer with Deformable Attention, CVPR 2022, section 3.2 (deformable attention)"
     equation = "softmax(q k̃ᵀ/√d + B) ṽ over tokens sampled at reference points plus offsets"

@@ -42,6 +42,7 @@ class DilatedWindowAttention(WindowAttention):
         qk_scale: factor of the scores; None or 0: head_dim ** -0.5.
     """
 
+    family = "sampled"
     attends_to = "a window's worth of tokens, spaced apart"
     citation = "Wang et al., CrossFormer, ICLR 2022 (long-distance attention, LDA; dynamic position bias, DPB)"
     equation = "softmax(q kᵀ/√d + DPB(Δ)) v among tokens at a fixed interval"

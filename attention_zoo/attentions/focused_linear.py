@@ -47,6 +47,7 @@ class FocusedLinearAttention(Attention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
+    family = "linear"
     attends_to = "a summary of all tokens, plus a local convolution"
     citation = "Han et al., FLatten Transformer, ICCV 2023, section 4 (focused function, rank restoration)"
     equation = "φ(q)(φ(k)ᵀv) / φ(q)Σφ(k)ᵀ + DWConv(v), φ(x) = f(ReLU(x)), f(x) = |x|/|xᵖ| xᵖ"

@@ -23,6 +23,7 @@ class FullAttention(Attention):
         impl: ``reference`` materialises the attention matrix, ``sdpa`` is PyTorch's fused attention.
     """
 
+    family = "full"
     attends_to = "every token"
     citation = "Vaswani et al., Attention Is All You Need, NeurIPS 2017, eq. 1 (scaled dot-product attention)"
     equation = "softmax(q kᵀ/√d) v (eq. 1)"

@@ -26,6 +26,7 @@ class LePEAttention(FullAttention):
         lepe_of: what is convolved.
     """
 
+    family = "full"
     attends_to = "every token, plus a local convolution"
     citation = "Dong et al., CSWin Transformer, CVPR 2022 (LePE); BiFormer's Block applies it to the input"
     equation = "softmax(q kᵀ/√d) v + DWConv(v)"

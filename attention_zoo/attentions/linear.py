@@ -30,6 +30,7 @@ class LinearAttention(Attention):
         qkv_bias: whether the qkv projection has a bias (the published layer has one).
     """
 
+    family = "linear"
     attends_to = "a summary of all tokens"
     citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020, eq. 5 (linearised attention) and 7 (elu + 1)"
     equation = "φ(q)(φ(k)ᵀv) / φ(q)Σφ(k)ᵀ, φ(x) = elu(x) + 1"

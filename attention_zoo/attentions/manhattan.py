@@ -48,6 +48,7 @@ class ManhattanAttention(Attention):
         InvalidOption: rotary with an odd number of channels per head, or an even lce_kernel.
     """
 
+    family = "axial"
     attends_to = "every token, less with Manhattan distance, by row and column"
     citation = "Fan et al., RMT: Retentive Networks Meet Vision Transformers, CVPR 2024 (MaSA, decomposed MaSA, LCE)"
     equation = "(softmax(q kᵀ) ⊙ g^(|dy|+|dx|)) v + DWConv(v); or rows with g^|dx|, then columns with g^|dy|"

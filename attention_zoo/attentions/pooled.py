@@ -39,6 +39,7 @@ class PooledAttention(Attention):
         qk_scale: factor of the scores; None or 0: head_dim ** -0.5.
     """
 
+    family = "pooled"
     attends_to = "a sub-sampled grid"
     citation = "Wang et al., Pyramid Vision Transformer, ICCV 2021 (SRA); avg: PVT v2, CVMJ 2022 (linear SRA)"
     equation = "softmax(q SR(k)ᵀ/√d) SR(v); avg: SR is average pooling to a fixed size"

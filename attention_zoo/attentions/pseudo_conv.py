@@ -15,6 +15,7 @@ class PseudoConv(Attention):
     Its definition is BiFormer's code. All three have biases, and nothing nonlinear stands between them.
     """
 
+    family = "local"
     attends_to = "a 5 x 5 neighbourhood, with fixed weights"
     citation = "Zhu et al., BiFormer, CVPR 2023: the published Block's topk = 0"
     equation = "a depthwise convolution and linear maps, as the Block with topk = 0"

@@ -42,6 +42,7 @@ class QuadtreeAttention(Attention):
         qkv_bias: whether the qkv projection has a bias.
     """
 
+    family = "routed"
     attends_to = "the finest descendants of its best coarse keys"
     citation = "Tang et al., QuadTree Attention for Vision Transformers, ICLR 2022 (QuadTree-B)"
     equation = "Σ over levels of w · softmax(q kᵀ/√d) v among the children of the parents' topk keys"

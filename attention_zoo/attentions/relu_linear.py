@@ -41,6 +41,7 @@ class ReLULinearAttention(Attention):
         qkv_bias: whether the qkv projection and the aggregation have biases.
     """
 
+    family = "linear"
     attends_to = "summaries of all tokens, at several scales"
     citation = "Cai et al., EfficientViT, ICCV 2023, section 3.1 (ReLU linear attention, multi-scale tokens)"
     equation = (

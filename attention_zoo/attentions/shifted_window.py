@@ -32,6 +32,7 @@ class ShiftedWindowAttention(WindowAttention):
         attend_padding: shift every axis, and do not mask the padding, as the code of detection and segmentation.
     """
 
+    family = "local"
     attends_to = "its window, displaced by half a window"
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2 (shifted windows), equations 3 and 4"
     equation = "softmax(q kᵀ/√d + B) v in displaced windows (Swin, eq. 3, 4)"

@@ -32,6 +32,7 @@ class SpatiallySeparableAttention(Attention):
         attend_padding: do not mask the padding of a grid that window_size does not divide.
     """
 
+    family = "pooled"
     attends_to = "its window, then a sub-sampled grid"
     citation = "Chu et al., Twins, NeurIPS 2021 (Twins-SVT: LSA, then GSA)"
     equation = "LSA: attention in windows; then GSA: attention to a sub-sampled grid"

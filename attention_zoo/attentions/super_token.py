@@ -52,6 +52,7 @@ class SuperTokenAttention(Attention):
         InvalidOption: super_token_size 1 with refine "none", which does nothing.
     """
 
+    family = "pooled"
     attends_to = "super tokens, gathered around it"
     citation = "Huang et al., Vision Transformer with Super Token Sampling, CVPR 2023 (super token attention)"
     equation = "Q = softmax(x sᵀ/√d) over 3 x 3 cells, S = normalised Qᵀx, Q MHSA(S)"

@@ -42,6 +42,7 @@ class WindowAttention(Attention):
         attend_padding: do not mask the padding of a grid that window_size does not divide.
     """
 
+    family = "local"
     attends_to = "its window"
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2, equation 4"
     equation = "softmax(q kᵀ/√d + B) v in windows (Swin, eq. 4)"

@@ -10,6 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Impl = Literal["auto", "reference", "sdpa", "flex", "triton"]
+FAMILIES = ("full", "local", "axial", "pooled", "sampled", "routed", "linear", "channel", "other")
+"""Which keys a query gets: all; near ones; rows and columns; a sub-sampled grid; spaced or learned points; those that
+the content chooses; a summary of all; channels instead of tokens."""
 
 
 class InvalidOption(ValueError):
@@ -45,6 +48,8 @@ class Attention(nn.Module):
     of them cannot run every configuration.
     """
 
+    family: ClassVar[str] = "other"
+    """One of FAMILIES: the group in tables; figures give each group its colours."""
     attends_to: ClassVar[str] = ""
     """What a query attends to, in a few words."""
     citation: ClassVar[str] = ""

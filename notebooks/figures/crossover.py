@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from notebooks.figures.curves import legend, log_ticks, side_axis
+from notebooks.figures.curves import log_ticks, side_axis
+from notebooks.figures.labels import legend
 from notebooks.figures.latency import timed_modes
 from notebooks.lib.export import publish
 from notebooks.lib.limits import MODES, Line, cells, resolution

@@ -2,7 +2,6 @@
 
 import re
 import textwrap
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,11 +13,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from notebooks.figures.labels import label_lines
 from notebooks.lib.limits import MODES, Line, cells, device_memory, lines, resolution
 from notebooks.lib.plots import FAINT, INK, Results, caption, needs, save, say, series, size, style, usual
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
-MOST_LINES = 24
+MOST_LINES = 32
 PREDICTED = Line2D([], [], color=FAINT, label="line: predicted")
 MEASURED = Line2D([], [], color=FAINT, marker="o", linestyle="", label="mark: measured")
 CROSS = Line2D([], [], color=FAINT, marker="X", markeredgecolor=INK, markersize=9, linestyle="", label="cross: failed")
@@ -31,7 +31,7 @@ def figure(results: Results, mode: str) -> Figure | None:
     if rows.empty:
         say(f"The `resolution` sweep has no {MODES[mode]} cells here; without `--smoke`, run_all.py makes them.")
         return None
-    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(15, 6.6), layout="constrained")
     drawn = list(lines(rows))
     for line, layer in zip(drawn, layers(drawn), strict=True):
         memory_line(left, line, layer)
@@ -43,7 +43,9 @@ def figure(results: Results, mode: str) -> Figure | None:
     left.set_title("Peak memory")
     right.set_title("Latency")
     fig.suptitle(f"One step of one attention layer, {MODES[mode]}", x=0.01, ha="left", weight="bold", fontsize=14)
-    legend(right, drawn, PREDICTED, MEASURED, CROSS)
+    label_lines(left, drawn, "memory_predicted_bytes")
+    label_lines(right, drawn, "latency_p50_ms")
+    fig.legend(handles=[PREDICTED, MEASURED, CROSS], loc="outside upper right", ncols=3)
     caption(fig, rows, labelled=True)
     return save(fig, f"resolution_{mode}")
 
@@ -177,17 +179,3 @@ def memory_axis(ax: Axes, sides: list[int], ylabel: str) -> None:
     ax.yaxis.set_major_locator(LogLocator(base=16))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     ax.yaxis.set_minor_locator(NullLocator())
-
-
-def legend(ax: Axes, drawn: list[Line], *notes: Line2D) -> None:
-    """Right of the panel: the curves in their order, then ``notes`` for other lines and marks."""
-    handles = [_handle(name, label, dash) for name, label, dash, _ in drawn]
-    handles += [Line2D([], [], linestyle="", label=" "), *notes] if notes and handles else notes
-    many = len(handles) > 16
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9 if many else 10,
-              labelspacing=0.3 if many else 0.6, ncols=1 + len(handles) // 26)  # fmt: skip
-
-
-def _handle(name: str, label: str, dash: Any) -> Line2D:
-    colour, marker = style(name)
-    return Line2D([], [], linestyle=dash, color=colour, marker=marker, markeredgecolor="white", label=label)

@@ -6,7 +6,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from notebooks.figures.curves import CROSS, latency_panel, legend, side_axis, tried
+from notebooks.figures.curves import CROSS, latency_panel, side_axis, tried
+from notebooks.figures.labels import label_lines
 from notebooks.lib.export import publish
 from notebooks.lib.limits import MODES, lines, resolution
 from notebooks.lib.plots import Results, caption, needs, number, save, say
@@ -28,7 +29,7 @@ def figure(results: Results) -> Figure | None:
         return None
     rows = results.sweep("resolution").dropna(subset=["dtype"])
     dtypes = list(rows["dtype"].unique())
-    fig, axes = plt.subplots(len(dtypes), len(modes), figsize=(3 + 5.2 * len(modes), 0.6 + 5.4 * len(dtypes)),
+    fig, axes = plt.subplots(len(dtypes), len(modes), figsize=(7.2 * len(modes), 0.6 + 6 * len(dtypes)),
                              squeeze=False, layout="constrained")  # fmt: skip
     for row_of_axes, dtype in zip(axes, dtypes, strict=True):
         for ax, mode in zip(row_of_axes, modes, strict=True):
@@ -37,10 +38,12 @@ def figure(results: Results) -> Figure | None:
                 ax.set_axis_off()
                 continue
             side_axis(ax, tried(part))
-            latency_panel(ax, list(lines(part)), QUARTILES)
+            drawn = list(lines(part))
+            latency_panel(ax, drawn, QUARTILES)
+            label_lines(ax, drawn, "latency_p50_ms")
             ax.set_title(MODES[mode].capitalize() + f", {dtype}" * (len(dtypes) > 1))
             ax.set_ylabel("latency of one step, ms (median and quartiles)")
-        legend(row_of_axes[-1], list(lines(rows[rows["dtype"] == dtype])), CROSS)
+    fig.legend(handles=[CROSS], loc="outside upper right")
     fig.suptitle("One step of one attention layer against resolution", x=0.01, ha="left", weight="bold", fontsize=14)
     caption(fig, rows, labelled=True)
     return save(fig, "latency")

@@ -9,16 +9,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from notebooks.figures.curves import CROSS, FAILED, failed_marks, legend, log_ticks, short_reason
+from notebooks.figures.curves import CROSS, FAILED, failed_marks, log_ticks, short_reason
+from notebooks.figures.labels import legend
 from notebooks.lib.export import publish
 from notebooks.lib.limits import MODES, cells
 from notebooks.lib.plots import (
     DASHES,
     FAINT,
+    FAMILIES,
     INK,
     MIB,
     Results,
     caption,
+    family,
     needs,
     number,
     save,
@@ -175,11 +178,14 @@ def _finish(fig: Figure, ax: Axes, result: pd.DataFrame, results: Results, mode:
         Line2D([], [], linestyle="", marker="o", fillstyle="none", color=FAINT, markersize=13, markeredgewidth=1.0,
                label="faint: within noise"),
     ]  # fmt: skip
-    ordered = result.sort_values("latency", ascending=False)
-    marks = [
-        Line2D([], [], linestyle="", color=style(row["name"])[0], marker=style(row["name"])[1], fillstyle=row["fill"],
-               label=str(label)) for label, row in ordered.iterrows()
-    ]  # fmt: skip
+    ordered, marks = result.sort_values("latency", ascending=False), []
+    families = ordered["name"].map(family)
+    for group in [group for group in (*FAMILIES, "other") if (families == group).any()]:
+        marks.append(Line2D([], [], linestyle="", label=f"$\\bf{{{group}}}$"))
+        marks += [
+            Line2D([], [], linestyle="", color=style(row["name"])[0], marker=style(row["name"])[1],
+                   fillstyle=row["fill"], label=str(label)) for label, row in ordered[families == group].iterrows()
+        ]  # fmt: skip
     legend(
         ax,
         [],

@@ -13,11 +13,11 @@ from notebooks.figures.curves import (
     PREDICTED,
     drawable,
     layers,
-    legend,
     limit_line,
     memory_axis,
     memory_line,
 )
+from notebooks.figures.labels import label_lines
 from notebooks.lib.limits import Line, cells, crossing, device_memory, lines, resolution
 from notebooks.lib.plots import Results, caption, needs, save, size, style
 
@@ -28,7 +28,7 @@ def figure(results: Results) -> Figure:
     mode = "forward_backward" if len(resolution(results, "forward_backward")) else "forward"
     step = "layer's training step" if mode == "forward_backward" else "layer's forward pass"
     rows, (memory, how) = drawable(resolution(results, mode)), device_memory(results)
-    fig, ax = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 6), layout="constrained")
     drawn = list(lines(rows))
     for line, layer in zip(drawn, layers(drawn), strict=True):
         memory_line(ax, line, layer)
@@ -37,7 +37,8 @@ def figure(results: Results) -> Figure:
     _mark_crossings(ax, drawn, memory)
     text = "\n".join(textwrap.wrap(_headline(rows, drawn, memory, step).replace(" x ", "\u00a0x\u00a0"), 86))
     fig.suptitle(text, x=0.01, ha="left", weight="bold", fontsize=13)
-    legend(ax, drawn, PREDICTED, MEASURED, CROSS)
+    label_lines(ax, drawn, "memory_predicted_bytes")
+    ax.legend(handles=[PREDICTED, MEASURED, CROSS], loc="upper left")
     caption(fig, rows, labelled=True)
     return save(fig, "readme")
 

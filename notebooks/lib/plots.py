@@ -29,27 +29,32 @@ ROOT = Path(__file__).resolve().parents[2]
 MIB, GIB = 2**20, 2**30
 INK, FAINT = "#222222", "#6b6b6b"
 
-# Okabe-Ito and Tol colours. An attention's colour and marker do not depend on the other registered attentions.
-STYLES: dict[str, tuple[str, str]] = {
-    "full": ("#D55E00", "o"),
-    "lepe": ("#E69F00", "s"),
-    "bra": ("#0072B2", "D"),
-    "pseudo_conv": ("#000000", "P"),
-    "window": ("#009E73", "^"),
-    "axial": ("#CC79A7", "v"),
-    "shifted_window": ("#117733", "<"),
-    "criss_cross": ("#882255", ">"),
-    "cross_shaped": ("#AA4499", "p"),
-    "dilated": ("#999933", "h"),
-    "block_grid": ("#44AA99", "d"),
-    "spatially_separable": ("#332288", "8"),
-    "pooled": ("#CC6677", "D"),
-    "neighborhood": ("#56B4E9", "H"),
-    "deformable": ("#661100", "o"),
-    "quadtree": ("#6699CC", "s"),
-    "linear": ("#888888", "^"),
-}
-OTHERS = [(colour, marker) for colour in ("#A6761D", "#7570B3", "#E7298A", "#5A5A5A") for marker in "D<>pHd8"]
+# After Okabe and Ito: a hue per family, from dark to light within it. Marks tell apart what a hue does not.
+FAMILIES: dict[str, dict[str, tuple[str, str]]] = {
+    "full": {"full": ("#D55E00", "o"), "lepe": ("#F0875A", "s")},
+    "local": {
+        "pseudo_conv": ("#00412F", "P"), "window": ("#00704F", "^"), "shifted_window": ("#009E73", "<"),
+        "cosine_window": ("#4DBD99", ">"), "neighborhood": ("#8FD6BF", "H"),
+    },
+    "axial": {
+        "axial": ("#7A2C5A", "v"), "criss_cross": ("#A84A80", ">"), "cross_shaped": ("#CC79A7", "p"),
+        "manhattan": ("#E3B1CC", "d"),
+    },
+    "pooled": {
+        "pooled": ("#8A5A00", "s"), "spatially_separable": ("#B87A00", "8"), "aggregated": ("#E69F00", "D"),
+        "super_token": ("#F2C766", "o"),
+    },
+    "sampled": {"dilated": ("#6B6A00", "h"), "block_grid": ("#A3A000", "P"), "deformable": ("#D9D334", "v")},
+    "routed": {"bra": ("#0072B2", "D"), "quadtree": ("#56B4E9", "s")},
+    "linear": {
+        "linear": ("#3A3A3A", "^"), "focused_linear": ("#6A6A6A", "o"), "relu_linear": ("#8F8F8F", "p"),
+        "agent": ("#B5B5B5", "<"),
+    },
+    "channel": {"cross_covariance": ("#000000", "s")},
+}  # fmt: skip
+"""Colour and marker of the zoo's attentions; a name not listed here takes one of OTHERS, as a plugin's does."""
+STYLES = {name: pair for members in FAMILIES.values() for name, pair in members.items()}
+OTHERS = [(colour, marker) for colour in ("#5E3C99", "#8E6BBF", "#4B0082", "#A05195") for marker in "D<>pHd8"]
 DASHES = ("-", "--", ":", "-.")
 VARIANTS = ("impl_requested", "compiled", "cuda_graph", "deterministic", "dtype", "batch", "dim", "num_heads", "n_win",
             "topk")  # fmt: skip
@@ -184,6 +189,11 @@ def say(*paragraphs: str) -> None:
 def style(name: str) -> tuple[str, str]:
     """Colour and marker of an attention: always the same, also for a name not in STYLES."""
     return STYLES.get(name) or OTHERS[zlib.crc32(name.encode()) % len(OTHERS)]
+
+
+def family(name: str) -> str:
+    """The group of an attention; ``other`` for a name not in FAMILIES."""
+    return next((group for group, members in FAMILIES.items() if name in members), "other")
 
 
 def series(rows: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:

@@ -472,12 +472,6 @@ def test_a_line_for_each_implementation() -> None:
     assert [label for _, label, *_ in plots.series(validate(rows))] == ["full", "bra", "bra (triton)"]
 
 
-def test_styles_are_fixed_and_distinct() -> None:
-    assert len(set(plots.STYLES.values())) == len({colour for colour, _ in plots.STYLES.values()}) == len(plots.STYLES)
-    assert plots.style("bra") == ("#0072B2", "D")
-    assert plots.style("my_plugin") == ("#5A5A5A", ">")
-
-
 @pytest.mark.parametrize(
     ("count", "text"),
     [(512, "0.5 KiB"), (2**20, "1 MiB"), (1023.9 * 2**20, "1 GiB"), (1.5 * 2**30, "1.5 GiB"), (2**44, "16 TiB")],

@@ -76,6 +76,7 @@ class BiLevelRoutingAttention(Attention):
             query tokens of one region after another.
     """
 
+    family = "routed"
     attends_to = "its region's topk most related regions"
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
     equation = "regions choose topk regions by q_r k_rᵀ; softmax(q kᵀ/√d) v over their tokens + LePE(v)"

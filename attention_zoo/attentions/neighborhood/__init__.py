@@ -54,6 +54,7 @@ class NeighborhoodAttention(Attention):
         InvalidOption: stride exceeds kernel_size, or kernel_size is even and stride is 1.
     """
 
+    family = "local"
     attends_to = "the tokens around it"
     citation = (
         "Hassani et al., Neighborhood Attention Transformer, CVPR 2023 (neighborhood attention); dilation: Hassani "
