@@ -61,6 +61,7 @@ def _refusal(case: Case) -> str | None:
     for attention in (m for m in inside if type(m).unsupported is not Attention.unsupported):
         # One element at any size.
         x = torch.empty((), dtype=dtype, device=case.device).expand(case.batch, 1, 1, attention.dim)
-        if reason := attention.unsupported(case.impl, x if case.kind == "model" else x.expand(case.shape())):
-            return reason
+        with torch.set_grad_enabled(case.mode != "forward"):
+            if reason := attention.unsupported(case.impl, x if case.kind == "model" else x.expand(case.shape())):
+                return reason
     return None

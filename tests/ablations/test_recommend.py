@@ -171,13 +171,13 @@ def test_batch_analysis_equals_single_analysis_and_isolates_a_crash() -> None:
     plugins = (str(FAULTS),)
     load_plugin(FAULTS)
     sizes = [case(name="full"), case(name="full", impl="sdpa"), case(name="fault_crash_on_shapes"), bra(n_win=5)]
-    full, sdpa, crash, refused, flex = analyze_batch(
-        [Job(c, plugins) for c in [*sizes, case(name="neighborhood", impl="flex")]]
-    )
+    flex_cases = [case(name="neighborhood", impl="flex", mode=mode) for mode in ("forward", "forward_backward")]
+    full, sdpa, crash, refused, flex, trained = analyze_batch([Job(c, plugins) for c in [*sizes, *flex_cases]])
     assert full.value == static_analysis(Job(sizes[0])) and sdpa.value == static_analysis(Job(sizes[1]))
     assert (crash.status, crash.reason) == ("crash", "killed by SIGSEGV")
     assert refused.reason.startswith("InvalidOption: n_win=5 does not divide the 14 x 14 grid")
-    assert flex.status == "unsupported" and "no backward pass on cpu" in flex.reason
+    assert flex.status == "ok" and flex.value["memory_predicted_bytes"] is None
+    assert trained.status == "unsupported" and "no backward pass on cpu" in trained.reason
 
 
 @pytest.fixture(scope="module")
@@ -221,13 +221,15 @@ def test_refused_candidates_have_a_reason(answered: tuple[dict[str, Any], Path])
     needs = [e for e in refused if e["why_not"].startswith("needs ")]
     assert needs and all(e["memory_predicted_bytes"] > 2**21 for e in needs)
     assert all(e["why_not"] for e in refused)
-    assert any("FlexAttention" in e["why_not"] for e in refused)
 
 
 def test_untimed_candidates_are_listed_with_their_command(answered: tuple[dict[str, Any], Path]) -> None:
     unknown = answered[0]["unknown"]
     assert [e["macs"] for e in unknown] == sorted(e["macs"] for e in unknown)
-    assert all(e["latency_ms"] is None and e["memory_predicted_bytes"] <= 2**21 for e in unknown)
+    predicted = [e for e in unknown if e["memory_predicted_bytes"] is not None]
+    assert all(e["latency_ms"] is None and e["memory_predicted_bytes"] <= 2**21 for e in predicted)
+    # FlexAttention compiles itself, so that its memory is not predicted.
+    assert {e["impl"] for e in unknown if e not in predicted} == {"flex"}
     assert {e["attention"] for e in unknown} >= {"plain", "bra", "pseudo_conv"}
     for entry in unknown:
         words = shlex.split(entry["measure_with"])[3:]
