@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ablations.analysis import model_candidates
+from ablations.analysis import model_candidates, prediction_cache
 from ablations.analysis.candidates import Candidate, candidates
 from ablations.analysis.compare import read
 from ablations.analysis.latency_lookup import LatencyLookup
@@ -20,7 +20,6 @@ from attention_zoo import InvalidOption
 from profiling.cases.case import Case
 from profiling.execution import environment, subprocess_runner
 from profiling.execution.benchmark import Job
-from profiling.execution.static_analysis import analyze_batch
 from profiling.execution.subprocess_runner import Outcome
 from profiling.schema.row import load
 
@@ -161,7 +160,9 @@ def _analyzed(
 ) -> list[Predicted]:
     """The predictions ``before``, and those of ``more`` candidates."""
     result = list(before)
-    for candidate, outcome in zip(more, analyze_batch([Job(c.case, asked.plugins) for c in more]), strict=True):
+    for candidate, outcome in zip(
+        more, prediction_cache.analyze([Job(c.case, asked.plugins) for c in more]), strict=True
+    ):
         result.append((candidate, outcome))
         if progress:
             progress(len(result), len(before) + len(more))

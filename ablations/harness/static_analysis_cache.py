@@ -25,6 +25,7 @@ SOURCES = (
     "attention_zoo/**/*.py",
     "profiling/cases/*.py",
     *(f"profiling/meters/{name}.py" for name in ("macs", "peak_memory", "cpu_scratch")),
+    *(f"profiling/execution/{name}.py" for name in ("benchmark", "static_analysis")),
 )
 """The code that static analysis depends on."""
 Known = dict[Case, Outcome]
