@@ -1,0 +1,48 @@
+"""How the machine and the code are named in rows."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from profiling.execution import environment
+from profiling.schema.row import COLUMNS
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("Intel(R) Xeon(R) CPU E5-2690 v4 @ 2.60GHz, 2 threads", "intel-xeon-e5-2690-v4"),
+        ("Intel(R) Xeon(R) Processor, 2 threads", "intel-xeon-2-threads"),
+        ("NVIDIA H200", "nvidia-h200"),
+        ("../../etc", "etc"),
+    ],
+)
+def test_device_name_becomes_a_folder_name(name: str, folder: str) -> None:
+    assert environment.slug(name).startswith(folder)
+    assert "/" not in environment.slug(name)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [({}, (None, None)), ({"COMMIT": "abc"}, ("abc", None)), ({"COMMIT": "abc", "DIRTY": "0"}, ("abc", False)),
+     ({"COMMIT": "abc", "DIRTY": "1"}, ("abc", True))],
+)  # fmt: skip
+def test_commit_without_a_repository_comes_from_the_environment(
+    message: dict[str, str], expected: tuple[str | None, bool | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("COMMIT", "DIRTY"):
+        monkeypatch.delenv(f"VISION_ATTENTION_{name}", raising=False)
+    for name, value in message.items():
+        monkeypatch.setenv(f"VISION_ATTENTION_{name}", value)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment._repository.__wrapped__() == expected
+
+
+def test_the_environment_is_described_in_columns() -> None:
+    facts = environment.describe("cpu")
+    assert set(facts) <= set(COLUMNS)
+    assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
+    assert facts["python"] == ".".join(map(str, sys.version_info[:3])) and facts["cuda"] is None
+    assert 2**20 < environment.available_bytes("cpu") < 2**50
