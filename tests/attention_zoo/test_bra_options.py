@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_bra import (
+from bra_oracle import (
     COARSE,
     MASKED,
     ODD,
