@@ -1,19 +1,13 @@
-"""The command lines: bad input gives one line and exit status 2, good input a page or JSON; never a traceback."""
+"""Every command rejects bad input in one line, leaves results alone, and helps."""
 
-import io
-import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from rich.console import Console
+from commands import PLUGINS, ROOT, SMALL, Main, outcome
 
 import profiling.__main__ as profiler
 from ablations.__main__ import main as work_on_results
@@ -21,32 +15,16 @@ from ablations.cli import run_all
 from ablations.harness.local_runner import Launcher, Settings
 from ablations.harness.results_store import exclusive
 from ablations.harness.sweep import discover
-from attention_zoo import MODELS, InvalidOption, names, options
-from profiling.cases.case import Case
-from profiling.cases.workload import Workload
-from profiling.cli import result_page
+from attention_zoo import MODELS, names, options
 from profiling.cli.arguments import run_reporting
-from profiling.execution import environment, subprocess_runner
-from profiling.execution.benchmark import Job, breakdown
+from profiling.execution import environment
 from profiling.schema.row import COLUMNS
 
-ROOT = Path(__file__).resolve().parents[2]
-PLUGINS = ROOT / "tests" / "plugins"
-SMALL = ("--height", "8", "--width", "8", "--dim", "8", "--num-heads", "2", "--n-win", "2", "--topk", "1")
-Main = Callable[[Sequence[str]], int]
 MAINS: dict[str, Main] = {
     "profiling": profiler.main,
     "run_all": lambda arguments: run_all.main(list(arguments)),
     "ablations": work_on_results,
 }
-
-
-def outcome(main: Main, arguments: Sequence[str]) -> int:
-    """The exit status, also if argparse raises SystemExit, as after --help."""
-    try:
-        return main(list(arguments))
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
 
 
 def refused(capsys: pytest.CaptureFixture[str], which: str, *arguments: str) -> str:
@@ -293,215 +271,3 @@ def test_the_list_of_sweeps(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for name, sweep in discover().items():
         assert f"{name}: {sweep.question}\n    expect: {sweep.expect}\n" in shown
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server() -> None:
-    subprocess_runner.start()
-
-
-def test_json_holds_the_row(capsys: pytest.CaptureFixture[str]) -> None:
-    assert profiler.main([*SMALL, "--kv-downsample-mode", "avgpool", "--kv-downsample-ratio", "2", "--json"]) == 0
-    shown = capsys.readouterr()
-    row = json.loads(shown.out)
-    assert shown.err == ""
-    assert set(row) <= {*COLUMNS, "stages", "heaviest_operators"}
-    assert (row["name"], row["height"], row["n_win"], row["topk"]) == ("bra", 8, 2, 1)
-    assert (row["kv_downsample_mode"], row["kv_downsample_ratio"]) == ("avgpool", 2)
-    assert row["freed_memory"] == "kept"
-    assert row["status"] == "ok" and row["macs_agree"] and row["macs_counted"] == row["macs_analytic"]
-    # 4 x 4 tokens of a region, halved per side, from 1 region.
-    assert row["kv_tokens_per_query"] == 4
-    assert row["memory_predicted_bytes"] == row["memory_peak_bytes"] > row["memory_base_bytes"]
-    assert 0 < row["latency_low_ms"] <= row["latency_p50_ms"] <= row["latency_high_ms"]
-    assert 1 <= len(row["heaviest_operators"]) <= 10
-    stages = {stage["name"]: stage["share"] for stage in row["stages"]}
-    assert set(stages) == {"bra.project", "bra.route", "bra.attend", "bra.lepe", "bra.output"}
-    assert 0 < sum(stages.values()) <= 1
-
-
-def test_the_page_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert profiler.main([*SMALL, "--mode", "forward_backward", "--freed-memory", "returned"]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == "" and "\x1b" not in shown.out
-    assert max(map(len, shown.out.splitlines())) <= 80
-    for message in (
-        "bra 8x8x8 n_win=2 topk=1 forward_backward",
-        "counts agree",
-        "prediction off by",
-        "freed memory is returned",
-        "Heaviest operators",
-    ):
-        assert message in shown.out
-
-
-def test_a_profile_of_a_plugin_leaves_out_what_it_does_not_declare(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--plugin", str(PLUGINS / "plain.py"), "--attention", "plain", *SMALL[:8], "--window-size", "3"]
-    assert profiler.main([*arguments, "--json"]) == 0
-    row = json.loads(capsys.readouterr().out)
-    assert row["window_size"] == 3 and row["kv_tokens_per_query"] is None and "macs_analytic" not in row
-    assert row["macs_counted"] == row["macs_fvcore"] == 8 * 8 * 8 * 8
-    assert profiler.main(arguments) == 0
-    assert re.search(r"MACs, by formula +- ", capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    ("name", "status", "message"),
-    [
-        ("fault_segfault", "crash", "killed by SIGSEGV"),
-        ("fault_raise", "error", "over [/two] lines: ½"),
-        ("fault_output", "incorrect", "is off by 0.001"),
-        ("fault_crash_on_shapes", "crash", "killed by SIGSEGV"),
-    ],
-)
-def test_a_profile_that_fails_says_so_and_exits_with_1(
-    capsys: pytest.CaptureFixture[str], name: str, status: str, message: str
-) -> None:
-    arguments = ["--plugin", str(PLUGINS / "faults.py"), "--attention", name, *SMALL[:8]]
-    assert profiler.main([*arguments, "--json"]) == 1
-    row = json.loads(capsys.readouterr().out)
-    assert row["status"] == status and message in row["reason"] and "latency_p50_ms" not in row
-    assert profiler.main(arguments) == 1
-    shown = capsys.readouterr()
-    assert status in shown.out and message in " ".join(shown.out.split()) and "Traceback" not in shown.out + shown.err
-
-
-def test_a_step_larger_than_memory_ends_as_out_of_memory(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(environment, "available_bytes", lambda device: 1 << 30)
-    arguments = ["--attention", "full", "--impl", "reference", "--height", "120", "--width", "120", "--dim", "8"]
-    assert profiler.main([*arguments, "--json"]) == 1
-    row = json.loads(capsys.readouterr().out)
-    assert row["status"] == "oom" and row["memory_predicted_bytes"] > 1 << 30 and "latency_p50_ms" not in row
-
-
-def test_a_profile_is_of_the_step_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Workload] = []
-    monkeypatch.setattr(Workload, "compile", lambda work: compiled.append(work))
-    job = Job(Case("pseudo_conv", 4, 4, 8, 2, compiled=True))
-    assert breakdown(job, None)["heaviest_operators"]
-    assert len(compiled) == 1
-
-
-def test_a_trace_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert profiler.main([*SMALL, "--trace", str(tmp_path / "deep" / "trace")]) == 0
-    (path,) = (tmp_path / "deep" / "trace").iterdir()
-    assert json.loads(path.read_text())["traceEvents"]
-    assert "make tensorboard DIR=" in capsys.readouterr().out
-
-
-ROW = {"device_name": "Paper [CPU]", "torch": "2", "status": "error", "reason": "[/red] x", "macs_agree": False}
-
-
-@pytest.mark.parametrize("color", [True, False])
-def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch, color: bool) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    if not color:
-        monkeypatch.setenv("NO_COLOR", "1")
-    out = io.StringIO()
-    result_page.show(Case("full", 4, 4), ROW, {}, Console(file=out, force_terminal=True, width=80))
-    shown = out.getvalue()
-    assert bool(re.search(r"\x1b\[[0-9;]*3[0-7]m", shown)) == color
-    assert "Paper [CPU]" in shown and "[/red] x" in shown and "DISAGREE" in shown
-
-
-TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), max_size=12)
-VALUES = st.one_of(
-    st.sampled_from(
-        ["", "0", "1", "2", "7", "-1", "4", "auto", "none", "true", "false", "nan", "inf", "1e9", "avgpool", "bra",
-         "window", "full", "--", "-", "fp32", "bf16", "cpu", "cuda", "forward", "biformer_tiny", "½",
-         "\uff11\uff12", "%s", "[/red]", "/dev/null", "/dev/null/x", str(PLUGINS / "plain.py"), str(10**30), "9" * 5000,
-         "x" * 300]
-    ),
-    st.integers().map(str), st.floats().map(str), TEXT,
-)  # fmt: skip
-
-
-def flags(*extra: str) -> list[str]:
-    declared = {option for name in (*names(), "bra") for option in options(name)}
-    return [*(f"--{name.replace('_', '-')}" for name in sorted(declared)), *extra]
-
-
-PROFILER_FLAGS = flags(
-    "--attention", "--block", "--model", "--plugin", "--height", "--width", "--dim", "--num-heads", "--batch", "--impl",
-    "--mode", "--dtype", "--device", "--compiled", "--cuda-graph",
-    "--deterministic", "--freed-memory", "--seed", "--trace", "--json", "--help", "--no",
-)  # fmt: skip
-RUN_ALL_FLAGS = [
-    "--gpus", "--launcher", "--slurm", "--shards", "--device", "--only",
-    "--smoke", "--fresh", "--retry-failed", "--results", "--plugin", "--lis", "-h",
-]  # fmt: skip
-
-
-def command_lines(known: Sequence[str]) -> st.SearchStrategy[list[str]]:
-    """Lists of flags and values, in pairs or not."""
-    pair = st.tuples(st.sampled_from(known), VALUES).map(list)
-    joined = pair.map(lambda both: ["=".join(both)])
-    part = st.one_of(pair, pair, joined, st.sampled_from(known).map(lambda flag: [flag]), TEXT.map(lambda text: [text]))
-    return st.lists(part, max_size=5).map(lambda parts: [word for part in parts for word in part])
-
-
-any_order = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def fuzzed(capsys: pytest.CaptureFixture[str], main: Main, arguments: list[str]) -> None:
-    status = outcome(main, arguments)
-    message = capsys.readouterr()
-    assert status in (0, 1, 2) and "Traceback" not in message.err
-    if status == 2:
-        assert re.fullmatch(r"error: [^\n]+\n", message.err)
-
-
-@any_order
-@given(arguments=command_lines(PROFILER_FLAGS))
-def test_fuzzed_profiler_arguments_give_no_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
-) -> None:
-    def no_measurement(job: Job, trace: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        return job.case.key_columns("profiling", "Paper CPU") | {
-            "torch": "2",
-            "status": "error",
-            "reason": "not run",
-        }, {}
-
-    monkeypatch.setattr(profiler, "_measure", no_measurement)
-    fuzzed(capsys, profiler.main, arguments)
-
-
-@any_order
-@given(arguments=command_lines(RUN_ALL_FLAGS))
-def test_fuzzed_run_all_arguments_give_no_traceback(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    fuzzed(capsys, lambda words: run_all.main(["--list", *words]), arguments)
-
-
-@any_order
-@given(arguments=command_lines(["compare", "--markdown", "--help"]))
-def test_fuzzed_compare_arguments_give_no_traceback(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    fuzzed(capsys, work_on_results, ["compare", *arguments])
-
-
-OPTIONS = [(name, option) for name in names() for option in options(name)]
-
-
-@settings(deadline=None)
-@given(which=st.sampled_from(OPTIONS), text=VALUES)
-def test_option_accepts_a_valid_value_or_lists_valid_ones(which: tuple[str, str], text: str) -> None:
-    option = options(which[0])[which[1]]
-    try:
-        value = option.parse(text)
-    except InvalidOption as refusal:
-        assert str(refusal).startswith(f"{option.name}={text!r} is not valid; valid: ")
-        assert str(refusal).endswith(option.describe())
-    else:
-        option.check(value)
-
-
-@settings(deadline=None)
-@given(which=st.sampled_from(OPTIONS))
-def test_the_default_of_an_option_is_valid_and_can_be_written(which: tuple[str, str]) -> None:
-    option = options(which[0])[which[1]]
-    option.check(option.default)
-    assert option.parse(
-        str(option.default).lower() if option.default in (True, False, None) else str(option.default)
-    ) == (option.default)
