@@ -36,6 +36,7 @@ class LatencyLookup:
         rows = aggregate_replicates(rows)
         self._rows = rows[~rows["status"].isin(("predicted", "oom"))]
         self._text = self._rows[list(KEY)].map(as_text)
+        self._groups = self._rows.groupby(["name", "impl"]).indices
 
     def latency(self, case: Case) -> Latency:
         """Return the case's latency; by a power law between the nearest measured grids of its aspect ratio.
@@ -72,10 +73,10 @@ class LatencyLookup:
     def _same(self, case: Case) -> pd.DataFrame:
         """Rows of the case at any grid, run by its implementation."""
         key_columns = case.key_columns("", "")
-        same = self._rows["impl"] == case.impl
-        for column in set(KEY) - ASIDE - _irrelevant(case):
-            same &= self._text[column] == as_text(key_columns.get(column))
-        return self._rows[same]
+        # Comparing the texts of all rows would take most of a recommendation's time.
+        places = self._groups.get((case.name, case.impl), [])
+        text, columns = self._text.iloc[places], sorted(set(KEY) - ASIDE - _irrelevant(case))
+        return self._rows.iloc[places][(text[columns] == [as_text(key_columns.get(c)) for c in columns]).all(axis=1)]
 
 
 def _medians(rows: pd.DataFrame) -> pd.Series:
