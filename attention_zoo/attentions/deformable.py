@@ -40,8 +40,8 @@ class DeformableAttention(Attention):
     ========= ======================================= ================ ======================
 
     A tanh limits an offset to ``offset_range_factor`` times half the points' spacing. Factor -1 leaves offsets as they
-    are and clamps the displaced points to the grid. The defaults are the first stage of DAT++-T, as the authors' code of
-    2023: shifted points, factor -1, the bias in every stage. DAT-T of 2022 uses ``reference_points="centres",
+    are and clamps the displaced points to the grid. The defaults are the first stage of DAT++-T in the code of 2023:
+    shifted points, factor -1, the bias in every stage. DAT-T of 2022 uses ``reference_points="centres",
     offset_range_factor=2, stride=1``, in its last two stages only, with 3 and 6 groups.
 
     The code of 2022 refuses, with its bias, a stride above 1 and grids other than the one it is built for, and, in its
