@@ -139,7 +139,8 @@ class QuadtreeAttention(Attention):
             rows, cols = (2**halvings * side for side in coarsest)
             mask = None
             if padded:
-                inside = regions.inside(*images[0].shape[2:], (rows, cols), images[0].device)
+                height, width = images[0].shape[2:]
+                inside = regions.inside(height, width, (rows, cols), images[0].device)
                 mask = to_z_order(inside[None, :, :, None], halvings)[0, :, 0].to(images[0].dtype).log()
             q, k, v = (self._in_z_order(image, halvings) for image in images)
             levels.append(Level(q, k, v, mask))
