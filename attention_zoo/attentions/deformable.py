@@ -45,11 +45,12 @@ class DeformableAttention(Attention):
     offset_range_factor=2, stride=1``, in its last two stages only, with 3 and 6 groups.
 
     The code of 2022 refuses, with its bias, a stride above 1 and grids other than the one it is built for, and, in its
-    first version, a stage that has none of 7, 12, 14, 24, 28, 48, 56, 96 tokens on a side. The code of 2023 divides by
-    zero for a side of one token or point; here that point is in the middle. Both have ceil(side / stride) points, as
-    here. For fixed points (their no_off) the code of 2023 averages squares of stride x stride tokens, drops the bias
-    and refuses a grid that the stride does not divide; factor 0 here samples, and keeps the bias. The code of 2023
-    does not pad for a kernel equal to the stride, which no configuration has.
+    first version, a stage that has none of 7, 12, 14, 24, 28, 48, 56, 96 tokens on a side. There a factor of 0 leaves
+    offsets as they are, and -1 takes the tanh of the displaced points instead of clamping them; no model has either.
+    The code of 2023 divides by zero for a side of one token or point; here that point is in the middle. It does not
+    pad for a kernel equal to the stride, which no model has. Both have ceil(side / stride) points, as here. For fixed
+    points (no_off) the code of 2023 averages squares of stride x stride tokens, drops the bias and refuses a grid that
+    the stride does not divide; factor 0 here samples, and keeps the bias.
 
     Args:
         stride: tokens per reference point and side, r in the paper.
