@@ -55,7 +55,8 @@ class DeformableAttention(Attention):
     Args:
         stride: tokens per reference point and side, r in the paper.
         offset_kernel: side of the depthwise convolution, odd.
-        offset_groups: groups of channels with separate offsets; must divide num_heads.
+        offset_groups: groups of channels with separate offsets; must divide num_heads. Published: 1, 2, 4, 8 by stage,
+            with 2, 4, 8, 16 heads.
         offset_range_factor: range of the offsets, s in the paper. -1: no limit, but positions are clamped to the grid.
             0: fixed points, without an offset network.
         reference_points: where the points are before they are displaced.
