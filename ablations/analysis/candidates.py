@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from ablations.analysis.latency_lookup import Latency
 from ablations.sweeps import resolution
 from attention_zoo import InvalidOption, get, names, options
@@ -54,13 +56,16 @@ class Candidate:
 def candidates(size: Case) -> Iterator[Candidate]:
     """Yield all candidates at the size, mode, dtype and device of ``size``; its name and options are ignored.
 
-    With auto_pad, as in the resolution sweep: a grid that n_win does not divide is padded, not refused.
+    With auto_pad, as in the resolution sweep: a grid that n_win does not divide is padded, not refused. Values that the
+    attention refuses are left out, such as a stride above the kernel of ``neighborhood``.
     """
     for name in names():
         declared = options(name)
         base = {o: value for o, value in resolution.SWEEP.fixed.items() if o in declared and _valid(declared[o], value)}
         for changed in ({}, *_variants(declared, base)):
             chosen = tuple(sorted((base | changed).items()))
+            if changed and _refused(replace(size, name=name, options=chosen, impl="reference")):
+                continue
             for impl in available_impls(name):
                 yield Candidate(replace(size, name=name, options=chosen, impl=impl), tuple(changed.items()))
 
@@ -97,6 +102,19 @@ def _variants(declared: Mapping[str, Option], base: Mapping[str, Any]) -> Iterat
     for name, option in declared.items():
         usual = base.get(name, option.default)
         yield from ({name: value} for value in VARIANTS.get(name, ()) if value != usual and _valid(option, value))
+
+
+def _refused(case: Case) -> bool:
+    """Whether the attention refuses its options, each of them valid, together."""
+    try:
+        with torch.device("meta"):
+            case.module()
+    except InvalidOption:
+        return True
+    except Exception:
+        # Of another failure the analysis gives the reason.
+        return False
+    return False
 
 
 def _valid(option: Option, value: Any) -> bool:

@@ -127,6 +127,7 @@ FAINTEST = 1e-5
 SHOWN: dict[str, dict[str, Any]] = {
     "bra": {"n_win": 7, "topk": 4, "side_dwconv": 0},
     "criss_cross": {"recurrence": 1},
+    "quadtree": {"value_pooling": "average", "lepe": False},
 }
 """Options of the pictures where the defaults do not show the structure."""
 

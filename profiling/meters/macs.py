@@ -65,7 +65,7 @@ def _no_macs(inputs: list[Any], outputs: list[Any]) -> int:
     return 0
 
 
-RESAMPLING = dict.fromkeys(("aten::upsample_bilinear2d", "aten::adaptive_avg_pool2d"), _no_macs)
+RESAMPLING = dict.fromkeys(("aten::upsample_bilinear2d", "aten::adaptive_avg_pool2d", "aten::grid_sampler"), _no_macs)
 """Operators that fvcore counts, and neither formulas nor FlopCounterMode do."""
 
 

@@ -32,6 +32,9 @@ kernels work on copies that no rule covers.
 
 ## State of these results
 
+- `quadtree` and `deformable` have had other defaults: `quadtree` 3 levels, averaged values, neither LePE nor a bias of
+  qkv; `deformable` a stride of 2 (in `stl` 8, 4, 2, 1), other points and offsets, one group, no position bias. All
+  their rows are of these, except in `complexity` of `amd-epyc-2-threads`.
 - `intel-xeon-2-threads`: every sweep, of 17 attentions; three processes or more for each timed cell. `bra_speed` is of
   an earlier version of `impl="sdpa"`. In `stl`, `dilated` was measured with an interval of 2 in every stage, which is
   now 8, 4, 2, 1; `cross_shaped` had the halves of its heads in the other order, which matters on oblong grids.

@@ -59,7 +59,9 @@ class Row(pa.DataFrameModel):
     width: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Tokens (attention, block) or pixels (model) per row.")
     dim: Series[pd.Int64Dtype] = _number("Channels; empty for models, which have several.")
     num_heads: Series[pd.Int64Dtype] = _number("Heads; empty for models.")
-    attention: Series[pd.StringDtype] = _text("Model: the attention in place of the published one, in every stage.")
+    attention: Series[pd.StringDtype] = _text(
+        "Model: the attention in place of the published one: a name for all stages, or one per stage."
+    )
     n_win: Series[pd.StringDtype] = _text("bra: regions per side, or auto.")
     topk: Series[pd.Int64Dtype] = _number("bra: routed regions per query region.")
     qk_dim: Series[pd.Int64Dtype] = _number("bra: channels of queries and keys.")
@@ -74,7 +76,9 @@ class Row(pa.DataFrameModel):
     side_dwconv: Series[pd.Int64Dtype] = _number("bra, lepe: kernel of the LePE convolution.")
     window_size: Series[pd.Int64Dtype] = _number("window: tokens per side.")
     shift: Series[pd.Int64Dtype] = _number("window: displacement in tokens.")
-    relative_position_bias: Series[pd.BooleanDtype] = _text("window: learned bias per relative position.")
+    relative_position_bias: Series[pd.BooleanDtype] = _text(
+        "block_grid, deformable, neighborhood, window: learned bias per relative position."
+    )
     other_options: Series[pd.StringDtype] = _text("Options without a column of their own, as name=value name=value.")
     seed: Series[pd.Int64Dtype] = pa.Field(description="Seed of weights and input (standard normal).")
     replicate: Series[pd.Int64Dtype] = pa.Field(ge=0, description="Which of several processes measured the same case.")

@@ -262,6 +262,13 @@ def test_every_candidate_is_in_the_answer_once(answered: tuple[dict[str, Any], P
     assert sum(map(len, groups)) == len(set().union(*groups)) == len(list(candidates(case(16, dim=16))))
 
 
+def test_candidates_have_options_that_go_together() -> None:
+    tried = {one.changed for one in candidates(case(56, dim=64, num_heads=2)) if one.case.name == "neighborhood"}
+    assert tried == {(), (("kernel_size", 13),), (("stride", 2),), (("stride", 4),)}
+    with pytest.raises(InvalidOption, match="stride=8"):
+        case(56, "neighborhood", dim=64, num_heads=2, options=(("stride", 8),)).module()
+
+
 def candidate(name: str, *, ms: float | None = None, why: str = "", **changes: Any) -> Candidate:
     latency = Latency(ms, "measured", ((56, 56),)) if ms else Latency(None, "outside", ((8, 8), (28, 28)))
     numbers = {"memory": 3 * 2**20, "macs": 10**9} | changes

@@ -31,6 +31,7 @@ def test_shifted_windows_have_swin_t_parameters_but_for_the_patch_merging() -> N
         ("spatially_separable", "sr_ratio", [8, 4, 2, 1]),
         ("cross_shaped", "stripe_width", [1, 2, 7, 7]),
         ("deformable", "stride", [8, 4, 2, 1]),
+        ("quadtree", "levels", [4, 3, 2, 1]),
         ("window", "window_size", [7, 7, 7, 7]),
     ],
 )

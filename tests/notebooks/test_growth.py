@@ -91,11 +91,33 @@ def formulas() -> dict[str, tuple[float, exponents.Fit]]:
 def test_every_attention_grows_as_its_theory_says() -> None:
     result = formulas()
     assert set(names()) - {label.split()[0] for label in result} == {"pseudo_conv"}
+    quadtree_theory, quadtree_fitted = result.pop("quadtree")
     for label, (theory, fitted) in result.items():
         assert fitted.exponent == pytest.approx(theory, abs=0.015), label
         assert fitted.margin < 0.03, label
     expected = {"bra auto": 4 / 3, "bra 7": 2, "window": 1, "axial": 1.5, "full": 2}
     assert {label: result[label][0] for label in expected} == pytest.approx(expected)
+    assert quadtree_theory == 2
+    tokens = pd.Series([float(side**2) for side in SWEEP.axes["grid"]])
+    of_the_law = fit(tokens, quadtree_pairs(tokens, SWEEP.fixed["topk"]))
+    assert of_the_law is not None and quadtree_fitted.exponent == pytest.approx(of_the_law.exponent, abs=1e-9)
+
+
+def quadtree_pairs(tokens: pd.Series, topk: int) -> pd.Series:
+    """Of four levels: full attention among HW / 64 tokens, then 4 topk keys for HW / 16, HW / 4 and HW queries.
+
+    The square is below the rest on half of the sweep's grids, up to 293 tokens per side with its topk of 4.
+    """
+    return (tokens / 64) ** 2 + 4 * topk * (tokens / 16 + tokens / 4 + tokens)
+
+
+def test_quadtree_grows_with_the_square_of_large_grids() -> None:
+    sides = (2**14, 2**15)
+    with torch.device("meta"):
+        module = build("quadtree", dim=64, num_heads=2)
+    costs = [module.macs(side, side).attention for side in sides]
+    assert costs == [2 * 64 * quadtree_pairs(pd.Series([side**2]), topk=8)[0] for side in sides]
+    assert np.log(costs[1] / costs[0]) / np.log(4) == pytest.approx(module.exponent, abs=0.001)
 
 
 def test_latency_is_of_the_same_configuration() -> None:
