@@ -129,3 +129,13 @@ def _poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return tensor
 
     return poisoned
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_prediction_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No prediction that this user has kept is read, and none is left."""
+    from ablations.analysis import prediction_cache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction_cache, "FOLDER", tmp_path_factory.mktemp("predictions"))
+        yield
