@@ -22,7 +22,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from profiling.schema.replicates import aggregate_replicates
-from profiling.schema.row import SchemaError
+from profiling.schema.row import SchemaError, holds_costs
 from profiling.schema.row import load as load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +99,7 @@ def load() -> Results:
     files: dict[str, list[Path]] = {}
     root = ROOT / os.environ.get("ATTENTION_RESULTS", "results")
     for path in sorted(root.glob("*/*.csv")):
-        if path.name not in ("peaks.csv", "recommend.csv"):
+        if holds_costs(path) and path.name != "recommend.csv":
             files.setdefault(path.parent.name, []).append(path)
     tables = {}
     for folder, paths in files.items():

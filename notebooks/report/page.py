@@ -29,7 +29,7 @@ from notebooks.lib import limits
 from notebooks.lib.plots import Results, kept
 from notebooks.tables import break_even, complexity, growth, precision, prediction, published, speed, stl, targets
 from profiling.schema.replicates import aggregate_replicates
-from profiling.schema.row import SchemaError
+from profiling.schema.row import SchemaError, holds_costs
 from profiling.schema.row import load as load_rows
 
 NAME = "report.html"
@@ -92,7 +92,7 @@ def write(folder: Path) -> Path:
         FileNotFoundError: there is no sweep's CSV in ``folder``.
         SchemaError: a CSV there is of another schema.
     """
-    files = sorted(path for path in folder.glob("*.csv") if path.name not in ("peaks.csv", "recommend.csv"))
+    files = sorted(path for path in folder.glob("*.csv") if holds_costs(path) and path.name != "recommend.csv")
     if not files:
         raise FileNotFoundError(f"{folder} holds no results of any sweep; `python run_all.py` makes them")
     path = folder / NAME

@@ -1,0 +1,29 @@
+"""What do BRA's routing options buy in ability?
+
+python run_all.py --only capability_bra
+"""
+
+from typing import Any
+
+from ablations.capability.sweep import CapabilitySweep
+from ablations.harness.sweep import Axis
+
+TASKS = ("recall", "offset", "match_digits")
+TOPK: dict[Axis, Any] = {"name": ("bra",), "topk": (1, 2, 4, 8, 16, 49), "task": TASKS}
+RECALL: dict[Axis, Any] = {"name": ("bra",), "task": TASKS[:1]}
+OPTIONS: tuple[dict[Axis, Any], ...] = (
+    {"n_win": (2, 7, 14, "auto")},
+    {("soft_routing", "diff_routing"): [(True, False), (False, True), (True, True)]},
+    {"coarse_gate": (True,)},
+    {"per_token_routing": (True,)},
+    {"kv_downsample_mode": ("avgpool", "maxpool", "ada_avgpool", "fracpool", "conv"), "kv_downsample_ratio": (2,)},
+)
+
+SWEEP = CapabilitySweep(
+    question="What do topk, n_win, soft and differentiable routing, the gate and downsampled keys buy BRA in ability?",
+    expect="accuracy rises with topk where keys must be found, at the price that the topk sweep measures. 10 min.",
+    products=[TOPK, *(RECALL | option for option in OPTIONS)],
+    smoke={"name": ("bra",), "topk": (1, 4), "task": TASKS[:1], "steps": (20,)},
+    full=[TOPK | {"n_win": (14,)}, *({"name": ("bra",), "task": TASKS[1:]} | option for option in OPTIONS)],
+    seeds=3,
+)
