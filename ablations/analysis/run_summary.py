@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from ablations.harness.local_runner import Report
-from profiling.schema.replicates import aggregate_replicates
 from profiling.schema.capability import load as load_trained
 from profiling.schema.capability import summary
+from profiling.schema.replicates import aggregate_replicates
 from profiling.schema.row import holds_costs, load
 
 MIB = 2**20

@@ -16,9 +16,6 @@ TASKS = "ablations.capability.tasks"
 IGNORED = -1
 """Label of a token that nothing is asked of."""
 EASY, MEDIUM, HARD = LEVELS = ("easy", "medium", "hard")
-import os
-PERIODS = eval(os.environ.get("PER","(4, 8, 16, 32, 64)"))
-"""Of the sines and cosines of a position, in tokens."""
 
 
 class Batch(NamedTuple):
@@ -40,7 +37,9 @@ class Task:
         levels: the options of ``generate`` at each level of difficulty.
         steps: training steps.
         patch: pixels per side of a token.
+        places: whether it asks for places, so that the network is told where each token is.
         local: whether a convolution can solve it.
+        guess: share of right answers of the best guess, where classes are not equally frequent.
         citation: the published task it follows, if it follows one.
         package: what must be installed to generate it, beyond the suite's own requirements.
     """
@@ -52,15 +51,17 @@ class Task:
     levels: Mapping[str, Mapping[str, Any]]
     steps: int
     patch: int = 1
+    places: bool = False
     local: bool = False
+    guess: float | None = None
     citation: str = ""
     package: str = ""
     name: str = field(default="", compare=False)
 
     @property
     def chance(self) -> float:
-        """Share of right answers of a guess: labels are balanced."""
-        return 1 / self.classes
+        """Share of right answers of the best guess."""
+        return self.guess or 1 / self.classes
 
     def batch(self, seed: int | Sequence[int], count: int, grid: tuple[int, int], level: str = MEDIUM) -> Batch:
         """``count`` images of a level on a grid of tokens; the same for the same seed."""
@@ -98,8 +99,3 @@ def distinct(rng: np.random.Generator, count: int, among: int, take: int) -> np.
     """``count`` rows of ``take`` different numbers below ``among``, in random order."""
     return rng.random((count, among), dtype=np.float32).argsort(axis=1)[:, :take]
 
-
-def coordinates(grid: tuple[int, int]) -> np.ndarray:
-    """Sines and cosines of row and column: (4 * len(PERIODS), height, width)."""
-    angles = (2 * np.pi * np.stack(np.mgrid[: grid[0], : grid[1]])[:, None] / np.reshape(PERIODS, (1, -1, 1, 1)))
-    return np.concatenate([np.sin(angles), np.cos(angles)]).reshape(-1, *grid).astype(np.float32)

@@ -22,7 +22,7 @@ WEIGHT_DECAY, WARM_UP, CLIP = 0.01, 0.1, 1.0
 """Of AdamW; share of steps in which the learning rate rises; largest norm of the gradient."""
 AHEAD = 20
 """Batches generated at once."""
-TEST_IMAGES, TEST_SEED = 256, 1_000_000
+TEST_IMAGES, TEST_SEED = 128, 1_000_000
 """The same images for all networks; no training has this seed."""
 
 
@@ -125,7 +125,7 @@ def _tested(net: nn.Module, trial: Trial) -> dict[str, Any]:
     """Accuracies at the grid of training and at twice that; why not, where that fails."""
     accuracy, answers = _accuracy(net, trial, trial.grid)
     columns: dict[str, Any] = {"status": "ok", "reason": "", "accuracy": accuracy, "answers": answers}
-    others = {"accuracy_double": {}}
+    others: dict[str, dict[str, Any]] = {"accuracy_double": {}}
     if "n_win" in declared(trial.name):
         others["accuracy_double_auto"] = {"n_win": "auto"}
     for column, changed in others.items():

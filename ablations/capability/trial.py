@@ -1,4 +1,4 @@
-"""A trial: one network to be trained once on one task. It holds only names and numbers, so it is key, row and message."""
+"""A trial: one network to be trained once on one task. It holds only names and numbers: key, row and message."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -43,10 +43,7 @@ class Trial:
 
     def network(self, **changed: Any) -> Network:
         """Build the network on the current default device; ``changed`` options replace its own."""
-        task, chosen = self.what, dict(self.options) | changed
-        return Network(
-            self.name, task.channels, task.classes, task.patch, self.dim, self.num_heads, self.depth, **chosen
-        )
+        return Network(self.name, self.what, self.dim, self.num_heads, self.depth, **dict(self.options) | changed)
 
     def shape(self, batch: int) -> tuple[int, int, int, int]:
         """Of ``batch`` images."""

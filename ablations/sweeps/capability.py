@@ -20,7 +20,7 @@ def ordered() -> list[str]:
 
 SWEEP = CapabilitySweep(
     question="What is each attention able to learn, at a 14 x 14 grid: recall, offset, count, match, texture, connect?",
-    expect="full solves what routing needs; windows and convolutions fail beyond their reach; all pass texture. 25 min.",
+    expect="full solves what routing needs; windows fail beyond their reach; all pass texture. 25 min.",
     products=[{"name": ordered, "task": TASKS}],
     smoke={"name": ("full", "window"), "task": ("recall", "texture"), "steps": (20,)},
     full=[{"name": ordered, "task": TASKS[:4], "difficulty": ("hard",)}],

@@ -11,6 +11,7 @@ from ablations.harness.sweep import Axis
 TASKS = ("recall", "offset", "match_digits")
 TOPK: dict[Axis, Any] = {"name": ("bra",), "topk": (1, 2, 4, 8, 16, 49), "task": TASKS}
 RECALL: dict[Axis, Any] = {"name": ("bra",), "task": TASKS[:1]}
+OTHERS: dict[Axis, Any] = {"name": ("bra",), "task": TASKS[1:]}
 OPTIONS: tuple[dict[Axis, Any], ...] = (
     {"n_win": (2, 7, 14, "auto")},
     {("soft_routing", "diff_routing"): [(True, False), (False, True), (True, True)]},
@@ -24,6 +25,6 @@ SWEEP = CapabilitySweep(
     expect="accuracy rises with topk where keys must be found, at the price that the topk sweep measures. 10 min.",
     products=[TOPK, *(RECALL | option for option in OPTIONS)],
     smoke={"name": ("bra",), "topk": (1, 4), "task": TASKS[:1], "steps": (20,)},
-    full=[TOPK | {"n_win": (14,)}, *({"name": ("bra",), "task": TASKS[1:]} | option for option in OPTIONS)],
+    full=[TOPK | {"n_win": (14,)}, *(OTHERS | option for option in OPTIONS)],
     seeds=3,
 )

@@ -1,5 +1,7 @@
 """The row of a capability sweep: one network trained once on one task. No torch here."""
 
+from typing import Any
+
 import pandas as pd
 import pandera.pandas as pa
 from pandera.typing import Series
@@ -9,15 +11,15 @@ from profiling.schema.table import Schema
 STATUSES = ("ok", "diverged", "oom", "timeout", "crash", "unsupported", "error")
 
 
-def _text(description: str) -> pa.Field:
+def _text(description: str) -> Any:
     return pa.Field(nullable=True, description=description)
 
 
-def _number(description: str) -> pa.Field:
+def _number(description: str) -> Any:
     return pa.Field(nullable=True, ge=0, description=description)
 
 
-def _share(description: str) -> pa.Field:
+def _share(description: str) -> Any:
     return pa.Field(nullable=True, ge=0, le=1, description=description)
 
 
@@ -46,7 +48,7 @@ class CapabilityRow(pa.DataFrameModel):
     seed: Series[pd.Int64Dtype] = pa.Field(ge=0, description="Seed of weights and images.")
     device_name: Series[str] = pa.Field(description="The device, as it names itself.")
     # outcome
-    status: Series[str] = pa.Field(isin=STATUSES, description="ok: trained. diverged: the loss is no number. Else why not.")
+    status: Series[str] = pa.Field(isin=STATUSES, description="ok: trained. diverged: the loss is no number.")
     reason: Series[pd.StringDtype] = _text("Why the status is not ok, or why a test has no number, in one line.")
     impl: Series[pd.StringDtype] = _text("The implementation that ran.")
     chance: Series[float] = _share("Share of right answers of the best guess without the image's far parts.")

@@ -1,4 +1,4 @@
-"""Connect: two curves that do not touch, one of them marked at its beginning; every token of a curve asks if it is that.
+"""Connect: two curves that do not touch, one marked at its beginning; every token of a curve asks if it is that one.
 
 Many hops along a path. After Pathfinder of Long Range Arena (Tay et al., ICLR 2021), with a label for every token.
 """
@@ -21,7 +21,10 @@ def generate(
     taken[:, 2:-2, 2:-2] = 0
     wall = taken.astype(bool)
     order = np.full((2, count, height + 4, width + 4), IGNORED)
-    for curve, at in enumerate(_beginnings(rng, count, grid)):
+    beginnings = _beginnings(rng, count, grid)
+    for at in beginnings:
+        taken[image, at[:, 0], at[:, 1]] = 1
+    for curve, at in enumerate(beginnings):
         for number in range(length):
             taken[image, at[:, 0], at[:, 1]] = 1
             seen = order[curve, image, at[:, 0], at[:, 1]]
@@ -65,7 +68,11 @@ TASK = Task(
     generate=generate,
     channels=2,
     classes=2,
-    levels={"easy": {"length": 6, "beyond": 2}, "medium": {"length": 12, "beyond": 6}, "hard": {"length": 20, "beyond": 10}},
-    steps=400,
+    levels={
+        "easy": {"length": 6, "beyond": 2},
+        "medium": {"length": 12, "beyond": 6},
+        "hard": {"length": 20, "beyond": 10},
+    },
+    steps=600,
     citation="Tay et al., Long Range Arena, ICLR 2021 (Pathfinder)",
 )

@@ -13,13 +13,16 @@ COLOURS = 2
 
 
 def generate(rng: np.random.Generator, count: int, grid: tuple[int, int], clutter: int = 8) -> Batch:
-    """Marks of COLOURS colours among ``clutter`` marks of another one, at random places."""
+    """Marks of COLOURS colours and of another one at random places; the number of all marks does not vary.
+
+    ``clutter`` is the least number of marks of the other colour.
+    """
     height, width = grid
     numbers = rng.integers(1, MOST + 1, size=(count, COLOURS))
     slots = np.full((count, COLOURS * MOST + clutter), COLOURS)
     for colour in range(COLOURS):
         part = slots[:, colour * MOST : (colour + 1) * MOST]
-        part[:] = np.where(np.arange(MOST) < numbers[:, colour, None], colour, -1)
+        part[:] = np.where(np.arange(MOST) < numbers[:, colour, None], colour, COLOURS)
     marks = np.full((count, height * width), -1)
     np.put_along_axis(marks, distinct(rng, count, height * width, slots.shape[1]), slots, axis=1)
     named = rng.integers(COLOURS, size=(count, height * width))
@@ -33,7 +36,7 @@ TASK = Task(
     generate=generate,
     channels=2 * COLOURS + 1,
     classes=MOST,
-    levels={"easy": {"clutter": 0}, "medium": {"clutter": 8}, "hard": {"clutter": 24}},
-    steps=800,
+    levels={"easy": {"clutter": 0}, "medium": {"clutter": 4}, "hard": {"clutter": 24}},
+    steps=600,
     citation="Johnson et al., CLEVR, CVPR 2017 (counting)",
 )

@@ -1,4 +1,4 @@
-"""Match digits: handwritten digits on a canvas with clutter; every token of one asks if it equals the one in the corner.
+"""Match digits: handwritten digits on a canvas with clutter; which equal the one in the corner, which are the others?
 
 Recognition and comparison of real images: the digits of scikit-learn (Alpaydin and Kaynak, UCI, 1998).
 """
@@ -18,7 +18,7 @@ MATCH = 10
 def generate(
     rng: np.random.Generator, count: int, grid: tuple[int, int], share: float = 0.5, clutter: float = 0.02
 ) -> Batch:
-    """A ``share`` of cells holds a digit, half of these the one in the corner; ``clutter`` of the pixels are strokes."""
+    """A ``share`` of cells holds a digit, half of these the one in the corner; a share ``clutter`` of pixels is set."""
     down, across = grid[0] // CELL, grid[1] // CELL
     cells, inside = down * across, SIDE // PATCH
     images_of, start = _digits()
@@ -63,5 +63,6 @@ TASK = Task(
     levels={"easy": {"clutter": 0.0}, "medium": {"clutter": 0.02}, "hard": {"clutter": 0.1}},
     steps=1200,
     patch=PATCH,
+    guess=0.5,
     package="scikit-learn",
 )

@@ -5,17 +5,16 @@ Position-addressed: what is there does not matter to where the query looks.
 
 import numpy as np
 
-import os
-from ablations.capability.task import IGNORED, PERIODS, Batch, Task, coordinates, distinct, one_hot
-AMP=float(os.environ.get('AMP','0.3'))
+from ablations.capability.task import IGNORED, Batch, Task, distinct, one_hot
 
 VALUES = 8
 DIRECTIONS = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
 
 
 def generate(
-    rng: np.random.Generator, count: int, grid: tuple[int, int], distance: int = 5, directions: int = 2, values: int = int(os.environ.get("NV","32"))
-) -> Batch:
+    rng: np.random.Generator, count: int, grid: tuple[int, int], distance: int = 7, directions: int = 2,
+    values: int = 32,
+) -> Batch:  # fmt: skip
     """``values`` tokens have a value; for each, the token ``distance`` away in one of ``directions`` asks for it."""
     height, width = grid
     image = np.arange(count)[:, None]
@@ -30,18 +29,18 @@ def generate(
     # Where two values are asked for by one token, the last stands, with its direction.
     label[image, row[inside], column[inside]] = drawn[inside]
     code[image, row[inside], column[inside]] = named[inside]
-    place = np.broadcast_to(AMP * coordinates(grid), (count, 4 * len(PERIODS), height, width))
-    return Batch(np.concatenate([one_hot(value, VALUES), one_hot(code, len(DIRECTIONS)), place], axis=1), label)
+    return Batch(np.concatenate([one_hot(value, VALUES), one_hot(code, len(DIRECTIONS))], axis=1), label)
 
 
 TASK = Task(
     ability="look at a given place, whatever is there",
     generate=generate,
-    channels=VALUES + len(DIRECTIONS) + 4 * len(PERIODS),
+    channels=VALUES + len(DIRECTIONS),
     classes=VALUES,
     levels={
-        "easy": {"distance": 3, "directions": 1}, "medium": {"distance": 7, "directions": 2},
+        "easy": {"distance": 4, "directions": 1}, "medium": {"distance": 7, "directions": 2},
         "hard": {"distance": 9, "directions": 4},
     },
-    steps=800,
+    steps=700,
+    places=True,
 )  # fmt: skip
