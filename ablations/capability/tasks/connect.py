@@ -10,9 +10,7 @@ from ablations.capability.task import IGNORED, Batch, Task
 SIDES = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)])
 
 
-def generate(
-    rng: np.random.Generator, count: int, grid: tuple[int, int], length: int = 8, beyond: int = 3
-) -> Batch:
+def generate(rng: np.random.Generator, count: int, grid: tuple[int, int], length: int = 8, beyond: int = 3) -> Batch:
     """Two random walks of up to ``length`` tokens, side by side; tokens after the first ``beyond`` are asked."""
     height, width = grid
     image = np.arange(count)
@@ -69,9 +67,9 @@ TASK = Task(
     channels=2,
     classes=2,
     levels={
-        "easy": {"length": 6, "beyond": 2},
-        "medium": {"length": 12, "beyond": 6},
-        "hard": {"length": 20, "beyond": 10},
+        "easy": {"length": 5, "beyond": 1},
+        "medium": {"length": 7, "beyond": 3},
+        "hard": {"length": 12, "beyond": 6},
     },
     steps=600,
     citation="Tay et al., Long Range Arena, ICLR 2021 (Pathfinder)",

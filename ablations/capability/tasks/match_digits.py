@@ -31,7 +31,11 @@ def generate(
     shift = rng.integers(CELL - inside + 1, size=(2, count, cells))
     rows = CELL * (np.arange(cells) // across) + shift[0]
     columns = CELL * (np.arange(cells) % across) + shift[1]
-    canvas = (rng.random((count, PATCH * grid[0], PATCH * grid[1]), dtype=np.float32) < clutter).astype(np.float32)
+    images = np.zeros((count, 2, PATCH * grid[0], PATCH * grid[1]), dtype=np.float32)
+    canvas, marked = images[:, 0], images[:, 1]
+    # Bytes: these are most of the random numbers.
+    canvas[:] = rng.integers(256, size=canvas.shape, dtype=np.uint8) < round(256 * clutter)
+    marked[:, : PATCH * CELL, : PATCH * CELL] = 1
     label = np.full((count, *grid), IGNORED)
     image, cell = np.nonzero(there)
     row, column, at = rows[image, cell][:, None, None], columns[image, cell][:, None, None], image[:, None, None]
@@ -39,9 +43,7 @@ def generate(
     canvas[at, PATCH * row + pixels[:, None], PATCH * column + pixels] = images_of[number[image, cell]]
     answer = np.where(same, MATCH, digit)[image, cell]
     label[at, row + tokens[:, None], column + tokens] = np.where(cell == 0, IGNORED, answer)[:, None, None]
-    marked = np.zeros_like(canvas)
-    marked[:, : PATCH * CELL, : PATCH * CELL] = 1
-    return Batch(np.stack([canvas, marked], axis=1), label)
+    return Batch(images, label)
 
 
 @cache
