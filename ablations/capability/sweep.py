@@ -24,7 +24,7 @@ class CapabilitySweep:
             Trial or options of the attention; an option that an attention does not declare is left out.
         smoke: the only product under ``--smoke``.
         full: more products under ``--full``.
-        seeds: trainings of each trial: seeds 0, 1, ...; all trials of a seed come before the next seed's.
+        seeds: trainings of each trial: seeds 0, 1, ...; in a product all trials of a seed come before the next seed's.
         timeout: seconds a cell may take.
     """
 
@@ -43,8 +43,10 @@ class CapabilitySweep:
     def trials(self, device: str, smoke: bool = False) -> list[Trial]:
         """All trials, in order."""
         products = [self.smoke] if smoke else self.products
-        chosen = dict.fromkeys(trial for axes in products for trial in _product(axes, device))
-        return [replace(trial, seed=seed) for seed in range(1 if smoke else self.seeds) for trial in chosen]
+        seeds = range(1 if smoke else self.seeds)
+        several = (list(_product(axes, device)) for axes in products)
+        chosen = (replace(trial, seed=seed) for trials in several for seed in seeds for trial in trials)
+        return list(dict.fromkeys(chosen))
 
 
 def _product(axes: Axes, device: str) -> Iterator[Trial]:

@@ -17,7 +17,9 @@ OPTIONS: tuple[dict[Axis, Any], ...] = (
     {("soft_routing", "diff_routing"): [(True, False), (False, True), (True, True)]},
     {"coarse_gate": (True,)},
     {"per_token_routing": (True,)},
-    {"kv_downsample_mode": ("avgpool", "maxpool", "ada_avgpool", "fracpool", "conv"), "kv_downsample_ratio": (2,)},
+    # One key is left of a region's four.
+    {("kv_downsample_mode", "kv_downsample_ratio"): [(mode, 2) for mode in ("avgpool", "maxpool", "fracpool", "conv")]},
+    {("kv_downsample_mode", "kv_per_win"): [("ada_avgpool", 1)]},
 )
 
 SWEEP = CapabilitySweep(

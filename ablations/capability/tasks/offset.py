@@ -41,6 +41,6 @@ TASK = Task(
         "easy": {"distance": 4, "directions": 1}, "medium": {"distance": 7, "directions": 2},
         "hard": {"distance": 9, "directions": 4},
     },
-    steps=700,
+    steps=1000,
     places=True,
 )  # fmt: skip
