@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ablations.capability.sweep import CapabilitySweep
-from ablations.capability.training import Job, count, train
+from ablations.capability.training import TEST_IMAGES, Job, count, train
 from ablations.capability.trial import Trial
 from ablations.harness.devices import Device, ending, find, processors
 from ablations.harness.local_runner import Report, Settings
@@ -19,7 +19,7 @@ from profiling.execution.subprocess_runner import Outcome
 from profiling.schema.capability import CAPABILITY
 from profiling.schema.table import SchemaError
 
-THREADS = 1
+THREADS, SMOKE_IMAGES = 1, 8
 FACTS = ("torch", "python", "commit", "dirty")
 Row = dict[str, Any]
 
@@ -110,7 +110,8 @@ class CapabilityLauncher:
         return known[same]
 
     def _call(self, function: Any, trial: Trial, timeout: float, device: Device) -> Outcome:
-        job = Job(trial, self.settings.plugins, THREADS)
+        images = SMOKE_IMAGES if self.settings.smoke else TEST_IMAGES
+        job = Job(trial, self.settings.plugins, THREADS, images)
         memory = device.available if trial.device == "cpu" else None
         return subprocess_runner.call(function, job, timeout=timeout, memory=memory, environment=device.variables)
 

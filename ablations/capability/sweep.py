@@ -45,7 +45,7 @@ class CapabilitySweep:
         products = [self.smoke] if smoke else self.products
         seeds = range(1 if smoke else self.seeds)
         several = (list(_product(axes, device)) for axes in products)
-        chosen = (replace(trial, seed=seed) for trials in several for seed in seeds for trial in trials)
+        chosen = (replace(trial, seed=trial.seed + seed) for trials in several for seed in seeds for trial in trials)
         return list(dict.fromkeys(chosen))
 
 

@@ -22,8 +22,9 @@ WEIGHT_DECAY, WARM_UP, CLIP = 0.01, 0.1, 1.0
 """Of AdamW; share of steps in which the learning rate rises; largest norm of the gradient."""
 AHEAD = 20
 """Batches generated at once."""
-TEST_IMAGES, TEST_SEED = 128, 1_000_000
+TEST_SEED = 1_000_000
 """The same images for all networks; no training has this seed."""
+TEST_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Job:
     trial: Trial
     plugins: tuple[str, ...] = ()
     threads: int = 1
+    test_images: int = TEST_IMAGES
 
     def load(self) -> None:
         """Import the plugins, and use as many threads as allowed."""
@@ -94,7 +96,7 @@ def train(job: Job) -> dict[str, Any]:
         "train_seconds": seconds,
         "data_share": min(1.0, generating.seconds / seconds),
     }
-    return columns | _tested(net, trial)
+    return columns | _tested(net, trial, job.test_images)
 
 
 class Clock:
@@ -124,9 +126,9 @@ def _precision(trial: Trial) -> torch.autocast:
     return torch.autocast(trial.device, AUTOCAST["bf16"], enabled=trial.dtype == "bf16")
 
 
-def _tested(net: nn.Module, trial: Trial) -> dict[str, Any]:
+def _tested(net: nn.Module, trial: Trial, images: int) -> dict[str, Any]:
     """Accuracies at the grid of training and at twice that; why not, where that fails."""
-    accuracy, answers = _accuracy(net, trial, trial.grid)
+    accuracy, answers = _accuracy(net, trial, trial.grid, images)
     columns: dict[str, Any] = {"status": "ok", "reason": "", "accuracy": accuracy, "answers": answers}
     others: dict[str, dict[str, Any]] = {"accuracy_double": {}}
     if "n_win" in declared(trial.name):
@@ -135,16 +137,16 @@ def _tested(net: nn.Module, trial: Trial) -> dict[str, Any]:
         try:
             larger = trial.network(**changed).to(trial.device)
             larger.load_state_dict(net.state_dict())
-            columns[column], _ = _accuracy(larger, trial, 2 * trial.grid)
+            columns[column], _ = _accuracy(larger, trial, 2 * trial.grid, images)
         except (ValueError, RuntimeError) as problem:
             columns["reason"] = f"{column}: {type(problem).__name__}: {' '.join(str(problem).split())}"[:300]
     return columns
 
 
 @torch.no_grad()
-def _accuracy(net: nn.Module, trial: Trial, side: int) -> tuple[float, int]:
+def _accuracy(net: nn.Module, trial: Trial, side: int, count: int) -> tuple[float, int]:
     """Share of right answers on new images of a grid, and the number of answers."""
-    batch = trial.what.batch(TEST_SEED, TEST_IMAGES, (side, side), trial.difficulty)
+    batch = trial.what.batch(TEST_SEED, count, (side, side), trial.difficulty)
     images, labels = map(torch.from_numpy, batch)
     net.eval()
     right = 0
