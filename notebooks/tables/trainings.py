@@ -1,4 +1,4 @@
-"""Which tasks count, who survives another resolution, what BRA's routing options buy: accuracies of trained networks."""
+"""Accuracies of trained networks: which tasks count, who survives another resolution, what routing options buy."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
