@@ -87,11 +87,11 @@ def _scatter(ax: Axes, result: pd.DataFrame, cost: str) -> None:
         up, down = row["accuracy_high"] - row["accuracy_accuracy"], row["accuracy_accuracy"] - row["accuracy_low"]
         sides = None
         if cost == "latency":
-            ends = row[["low", "high"]].fillna(row[cost])
-            sides = [[max(0, row[cost] - ends["low"])], [max(0, ends["high"] - row[cost])]]
-        bars = {"xerr": sides, "yerr": [[100 * down], [100 * up]]}
-        ax.errorbar(row[cost], 100 * row["accuracy_accuracy"], **bars, color=colour, marker=marker, markersize=9,
-                    markeredgecolor="white", markeredgewidth=0.7, elinewidth=1.3)  # fmt: skip
+            low, high = row[["low", "high"]].fillna(row[cost])
+            sides = [[max(0, row[cost] - low)], [max(0, high - row[cost])]]
+        ends = [[100 * down], [100 * up]]
+        ax.errorbar(row[cost], 100 * row["accuracy_accuracy"], xerr=sides, yerr=ends, color=colour, marker=marker,
+                    markersize=9, markeredgecolor="white", markeredgewidth=0.7, elinewidth=1.3)  # fmt: skip
         if name in front:
             ax.plot(row[cost], 100 * row["accuracy_accuracy"], "o", markeredgecolor=INK, markersize=17,
                     markeredgewidth=1.8, fillstyle="none", zorder=4)  # fmt: skip

@@ -37,6 +37,6 @@ TASK = Task(
     channels=2 * COLOURS + 1,
     classes=MOST,
     levels={"easy": {"clutter": 0}, "medium": {"clutter": 4}, "hard": {"clutter": 24}},
-    steps=600,
+    steps=900,
     citation="Johnson et al., CLEVR, CVPR 2017 (counting)",
 )
