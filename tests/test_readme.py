@@ -66,11 +66,12 @@ def test_table_lists_every_attention() -> None:
     shown = readme_table.markdown(ROOT / "results").splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown if line.startswith("| `")]
     assert {row[0].split("`")[1] for row in cells} == set(names())
-    for name, attends_to, impls, power, macs, memory, source in cells:
+    for name, attends_to, impls, power, macs, memory, learns, source in cells:
         registered = get(name.split("`")[1])
         assert attends_to == registered.attends_to and 0 < len(attends_to) <= 60, name
         assert impls == ", ".join(registered.impls)
         assert power.startswith(("HW", "(HW)^")) and macs.endswith((" M", " G")) and memory.endswith("iB")
+        assert re.fullmatch(r"((\d+|-)( / (\d+|-)){3})?", learns), name
         assert re.search(r"\b\d{4}$", source) and source.split(",")[0] in registered.citation and len(source) <= 60
     assert [row[3] for row in cells if row[0].startswith("`bra`")] == ["(HW)^2", "(HW)^4/3"]
 
