@@ -96,7 +96,8 @@ def _sentences(results: Results) -> Iterator[str]:
     table, tasks = ranked(results), judged(results)
     names, chance = counted(results), {task.name: task.chance for task in tasks}
     apart = [task.name for task in tasks if task.name in names and task.apart > APART]
-    yield f"{len(apart)} tasks that count separate attentions by more than 20 points: {', '.join(apart) or 'none'}."
+    words = "task that counts separates" if len(apart) == 1 else "tasks that count separate"
+    yield f"{len(apart)} {words} attentions by more than 20 points: {', '.join(apart) or 'none'}."
     aside = [f"{task.name} ({task.why_not})" for task in tasks if task.why_not]
     if aside:
         yield f"Not counted: {'; '.join(aside)}."
