@@ -69,12 +69,13 @@ def test_table_lists_every_attention() -> None:
     assert {row[1].split("`")[1] for row in cells} == set(names())
     families = [row[0] for row in cells]
     assert families == sorted(families, key=FAMILIES.index) and "other" not in families
-    for family, name, attends_to, impls, power, macs, memory, source in cells:
+    for family, name, attends_to, impls, power, macs, memory, learns, source in cells:
         registered = get(name.split("`")[1])
         assert family == registered.family
         assert attends_to == registered.attends_to and 0 < len(attends_to) <= 60, name
         assert impls == ", ".join(registered.impls)
         assert power.startswith(("HW", "(HW)^")) and macs.endswith((" M", " G")) and memory.endswith("iB")
+        assert re.fullmatch(r"((\d+|-)( / (\d+|-)){3})?", learns), name
         assert re.search(r"\b\d{4}$", source) and source.split(",")[0] in registered.citation and len(source) <= 60
     assert [row[4] for row in cells if row[1].startswith("`bra`")] == ["(HW)^2", "(HW)^4/3"]
 

@@ -42,6 +42,7 @@ class Candidate:
         macs: of one step, counted; backward included where there is one.
         latency: of one step.
         why_not: why it does not fit; empty if it fits or may fit.
+        abilities: accuracy at each task, where it was trained with these options.
     """
 
     case: Case
@@ -51,6 +52,7 @@ class Candidate:
     macs: int | None = None
     latency: Latency = field(default_factory=Latency)
     why_not: str = ""
+    abilities: Mapping[str, float] = field(default_factory=dict)
 
 
 def candidates(size: Case) -> Iterator[Candidate]:

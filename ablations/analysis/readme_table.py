@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from ablations.analysis import abilities
+from ablations.analysis.abilities import Abilities
 from ablations.analysis.units import in_words, short
 from attention_zoo import InvalidOption, get, names
 from attention_zoo.core.base import FAMILIES
@@ -31,15 +33,18 @@ def markdown(results: Path) -> str:
     rows = _rows(results)
     known = [row for row in rows.sort_values("memory_predicted_bytes").to_dict("records") if row["name"] in names()]
     missing = set(names()) - {row["name"] for row in known}
-    lines = ["| family | name | a query attends to | impls | MACs grow as | MACs | memory | source |"]
-    lines.append("|---|---|---|---|---|--:|--:|---|")
+    learned = abilities.read(results)
+    lines = ["| family | name | a query attends to | impls | MACs grow as | MACs | memory | learns | source |"]
+    lines.append("|---|---|---|---|---|--:|--:|---|---|")
     cells = [(str(row["name"]), row) for row in known] + [(name, {}) for name in sorted(missing)]
-    lines += [_line(*cell) for family in FAMILIES for cell in cells if _family(cell[0]) == family]
+    lines += [_line(*cell, learned) for family in FAMILIES for cell in cells if _family(cell[0]) == family]
     first = rows.iloc[0]
     note = (
         f"At {GRID} x {GRID} tokens (HW = {GRID**2:,}), batch {first['batch']}, dim {first['dim']}, "
         f"{first['num_heads']} heads, {first['dtype']}: MACs of the forward pass, and peak memory of a training step, "
-        f'predicted for `impl="{IMPL}"` on {first["device_name"]}. In a family, least memory first.'
+        f'predicted for `impl="{IMPL}"` on {first["device_name"]}. In a family, least memory first. '
+        f"Learns: accuracy in % at {', '.join(abilities.HEADLINE)}, mean over seeds, of two blocks at 14 x 14 tokens "
+        "with default options (the capability sweep)."
     )
     return "\n".join([*lines, "", *textwrap.wrap(note, 110, break_on_hyphens=False), ""])
 
@@ -89,7 +94,7 @@ def _family(name: str) -> str:
     return getattr(get(name), "family", "other")
 
 
-def _line(name: str, row: Mapping[Hashable, Any]) -> str:
+def _line(name: str, row: Mapping[Hashable, Any], learned: Abilities) -> str:
     macs, memory, n_win, power = (
         None if pd.isna(value) else value
         for value in map(row.get, ("macs_counted", "memory_predicted_bytes", "n_win", "exponent_theory"))
@@ -97,9 +102,17 @@ def _line(name: str, row: Mapping[Hashable, Any]) -> str:
     cells = [
         _family(name), f"`{name}`" + (f", n_win {n_win}" if n_win else ""), getattr(get(name), "attends_to", ""),
         ", ".join(available_impls(name)), POWERS.get(f"{power:.3g}", "") if power else "",
-        short(macs) if macs else "", in_words(memory) if memory else "", source(name),
+        short(macs) if macs else "", in_words(memory) if memory else "",
+        _learns(learned.of(name, {"n_win": n_win} if n_win == "auto" else {})), source(name),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def _learns(known: Mapping[str, float]) -> str:
+    """Percentages at the tasks of the headline, a dash where one is not known."""
+    if not known:
+        return ""
+    return " / ".join(f"{100 * known[task]:.0f}" if task in known else "-" for task in abilities.HEADLINE)
 
 
 def source(name: str) -> str:

@@ -6,11 +6,13 @@ Memory and MACs are predicted for exactly the requested grid; latency comes from
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from ablations.analysis import model_candidates, prediction_cache
+from ablations.analysis.abilities import Abilities
 from ablations.analysis.candidates import Candidate, candidates
 from ablations.analysis.compare import read
 from ablations.analysis.latency_lookup import LatencyLookup
@@ -21,8 +23,11 @@ from profiling.cases.case import Case
 from profiling.execution import environment, subprocess_runner
 from profiling.execution.benchmark import Job
 from profiling.execution.subprocess_runner import Outcome
+from profiling.schema.capability import SOLVED
 from profiling.schema.row import load
 
+STEP = 0.05
+"""Accuracies that differ by less rank alike."""
 RECOMMEND = "recommend"
 """Name of the file of results with the rows that recommendations have measured, and their ``sweep``."""
 Progress = Callable[[int, int], None]
@@ -65,12 +70,16 @@ class Question:
         limits: of one step.
         device: where the step would run, from :func:`resolve`.
         plugins: files whose attentions are registered here already, for the processes that predict.
+        needs: tasks that it must have learned; the candidates are ranked by the worst of their accuracies first.
+        abilities: the accuracies that are known.
     """
 
     size: Case
     limits: Limits
     device: Device
     plugins: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    abilities: Abilities | None = None
 
 
 @dataclass(frozen=True)
@@ -109,19 +118,26 @@ def predict(asked: Question, progress: Progress | None = None) -> list[Predicted
 def judge(predicted: Sequence[Predicted], asked: Question) -> Answer:
     """Judge every candidate by its prediction, the results of the device, and the limits."""
     measured = LatencyLookup(asked.device.rows)
-    judged = [_judge(candidate, outcome, measured, asked.limits) for candidate, outcome in predicted]
+    judged = [_able(_judge(candidate, outcome, measured, asked.limits), asked) for candidate, outcome in predicted]
     open_, refused = [c for c in judged if not c.why_not], [c for c in judged if c.why_not]
+    key = partial(rank, needs=asked.needs)
     return Answer(
-        sorted((c for c in open_ if not _lacks(c, asked.limits)), key=rank),
-        sorted((c for c in open_ if _lacks(c, asked.limits)), key=rank),
+        sorted((c for c in open_ if not _lacks(c, asked.limits)), key=key),
+        sorted((c for c in open_ if _lacks(c, asked.limits)), key=key),
         sorted(refused, key=lambda c: c.memory or math.inf),
     )
 
 
-def rank(candidate: Candidate) -> tuple[float, ...]:
-    """The order in which candidates are shown: by latency where it is known, then by MACs, then by memory."""
+def rank(candidate: Candidate, needs: Sequence[str] = ()) -> tuple[float, ...]:
+    """The order in which candidates are shown: by latency where it is known, then by MACs, then by memory.
+
+    With ``needs``, before all else by the worst accuracy at these tasks, in steps of STEP: those that solve all come
+    first, and those that were not trained last.
+    """
     known = candidate.latency.ms
-    return (math.inf if known is None else known, candidate.macs or 0, candidate.memory or 0)
+    able = worst(candidate, needs)
+    step = 0 if not needs else 1 if able is None else -min(round(able / STEP), round(SOLVED / STEP))
+    return (step, math.inf if known is None else known, candidate.macs or 0, candidate.memory or 0)
 
 
 def resolve(text: str, results: Path) -> Device:
@@ -153,6 +169,18 @@ def exceeds(candidate: Candidate, limits: Limits) -> str:
     if limits.latency is not None and ms is not None and ms > limits.latency:
         return f"takes {ms:.3g} ms ({candidate.latency.source})"
     return ""
+
+
+def worst(candidate: Candidate, needs: Sequence[str]) -> float | None:
+    """The least accuracy of a candidate at these tasks; None if it was not trained at all of them."""
+    known = [candidate.abilities.get(task) for task in needs]
+    return None if not known or None in known else min(filter(None, known), default=0.0)
+
+
+def _able(candidate: Candidate, asked: Question) -> Candidate:
+    if asked.abilities is None or not asked.needs:
+        return candidate
+    return replace(candidate, abilities=asked.abilities.of(candidate.case.name, dict(candidate.case.options)))
 
 
 def _analyzed(

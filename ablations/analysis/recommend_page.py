@@ -13,7 +13,7 @@ from ablations.analysis.candidates import Candidate, command
 from ablations.analysis.latency_lookup import Latency
 from ablations.analysis.model_candidates import grids, stages
 from ablations.analysis.model_candidates import in_words as stages_in_words
-from ablations.analysis.recommend import Answer, Device, Question
+from ablations.analysis.recommend import Answer, Device, Question, worst
 from ablations.analysis.time_candidates import TIME_IS_UP, Timed
 from ablations.analysis.units import in_words, short
 from profiling.cases.case import PUBLISHED, Case, stages_as_text
@@ -32,10 +32,10 @@ def show(answer: Answer, asked: Question, console: Console, top: int, timed: Tim
 
     tell(_headline(answer, asked))
     if answer.fits:
-        console.print(_ranked(f"Fits, {_order(answer.fits)}", answer.fits[:top], asked.size))
+        console.print(_ranked(f"Fits, {_order(answer.fits, asked)}", answer.fits[:top], asked))
         tell(_rest(len(answer.fits) - top))
     if answer.unknown:
-        console.print(_ranked(_what_lacks(answer.unknown), answer.unknown[:top], asked.size))
+        console.print(_ranked(_what_lacks(answer.unknown), answer.unknown[:top], asked))
         commands = [_folded(command(candidate.case, asked.plugins)) for candidate in answer.unknown[:top]]
         tell("\n".join(["Measure with:", *commands, _rest(len(answer.unknown) - top)]))
     if answer.refused:
@@ -57,6 +57,7 @@ def as_json(answer: Answer, asked: Question, timed: Timed | None = None) -> dict
     question: dict[str, Any] = {"model": asked.size.name if asked.size.kind == "model" else None}
     question |= {name: getattr(asked.size, name) for name in fields}
     question |= {"device": asked.device.kind, "device_name": asked.device.name}
+    question |= {"needs": list(asked.needs)}
     question |= {"memory_bytes": asked.limits.memory, "latency_ms": asked.limits.latency}
     groups = {"fits": answer.fits, "unknown": answer.unknown, "does_not_fit": answer.refused}
     result = {"asked": question} | {name: [_entry(c, asked.plugins) for c in group] for name, group in groups.items()}
@@ -85,6 +86,7 @@ def _entry(candidate: Candidate, plugins: Sequence[str]) -> dict[str, Any]:
     return inside | {
         "options": options, "impl": case.impl, "padded": candidate.padded,
         "memory_predicted_bytes": candidate.memory, "macs": candidate.macs,
+        "learns": dict(candidate.abilities),
         "latency_ms": latency.ms, "latency_source": latency.source, "latency_grids": latency.grids,
         "why_not": candidate.why_not, "measure_with": " ".join(command(case, plugins)),
     }  # fmt: skip
@@ -129,7 +131,9 @@ def _timing(timed: Timed | None) -> list[str]:
     return lines or ["Nothing to time: all of these have been measured at this size."]
 
 
-def _order(group: Sequence[Candidate]) -> str:
+def _order(group: Sequence[Candidate], asked: Question) -> str:
+    if asked.needs:
+        return f"best at {', '.join(asked.needs)} first"
     known = [candidate.latency.ms is not None for candidate in group]
     if not any(known):
         return "least MACs first"
@@ -149,20 +153,23 @@ def _table(title: str, *columns: tuple[str, int]) -> Table:
         padding=0,
     )  # fmt: skip
     for name, width in columns:
-        right = name in ("memory", "MACs", "latency ms")
+        right = name in ("memory", "MACs", "latency ms", "learns")
         table.add_column(name, width=width, justify="right" if right else "left", overflow="fold")
     return table
 
 
-def _ranked(title: str, group: Sequence[Candidate], size: Case) -> Table:
+def _ranked(title: str, group: Sequence[Candidate], asked: Question) -> Table:
     columns = (("attention", 31), ("impl", 9), ("memory", 9), ("MACs", 7), ("latency ms", 10), ("source", 9))
-    table = _table(title, *columns)
+    # One line holds 80 characters.
+    table = _table(title, *((("attention", 25), ("learns", 6), *columns[1:]) if asked.needs else columns))
     for candidate in group:
         ms = candidate.latency.ms
+        able = worst(candidate, asked.needs)
         table.add_row(
-            escape(label(candidate)), escape(candidate.case.impl),
-            "-" if candidate.memory is None else in_words(candidate.memory), short(candidate.macs or 0),
-            "-" if ms is None else f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}", _grids(candidate.latency, size),
+            escape(label(candidate)), *([] if not asked.needs else ["-" if able is None else f"{able:.0%}"]),
+            escape(candidate.case.impl), "-" if candidate.memory is None else in_words(candidate.memory),
+            short(candidate.macs or 0),
+            "-" if ms is None else f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}", _grids(candidate.latency, asked.size),
         )  # fmt: skip
     return table
 
@@ -201,6 +208,8 @@ def _legend(shown: Sequence[Candidate], answer: Answer, asked: Question) -> list
         lines.append(f"source: {'; '.join(message)}.")
     if sources - {"measured"}:
         lines.append(_how_to_measure(asked.device))
+    if asked.needs:
+        lines.append("learns: worst accuracy at the tasks asked for, of two blocks at 14 x 14 tokens; -: not trained.")
     if any(candidate.padded for candidate in (*shown, *answer.refused)):
         lines.append("padded: n_win does not divide the grid, which auto_pad fills up with zeros.")
     if asked.size.kind == "model":

@@ -8,8 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from ablations.harness.local_runner import Report
+from profiling.schema.capability import load as load_trained
+from profiling.schema.capability import summary
 from profiling.schema.replicates import aggregate_replicates
-from profiling.schema.row import load
+from profiling.schema.row import holds_costs, load
 
 MIB = 2**20
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,6 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def show(report: Report, seconds: float) -> None:
     """Print the summary of a run to stdout."""
+    _show(report, seconds, findings(aggregate_replicates(load(*report.files))))
+    write_page(report.folder)
+
+
+def show_trained(report: Report, seconds: float) -> None:
+    """As :func:`show`, of a run of capability sweeps."""
+    _show(report, seconds, capability_findings(load_trained(*report.files)))
+    if any(map(holds_costs, report.folder.glob("*.csv"))):
+        write_page(report.folder)
+
+
+def _show(report: Report, seconds: float, result: list[str]) -> None:
     ran = ", ".join(f"{count} {status}" for status, count in sorted(report.statuses.items())) or "nothing new"
     skipped = f"; {report.skipped} were there already" if report.skipped else ""
     print(f"\nCells: {ran}{skipped}. {seconds:.0f} s.")
@@ -25,12 +39,10 @@ def show(report: Report, seconds: float) -> None:
     print("Files:")
     for path in report.files:
         print(f"  {path}")
-    result = findings(aggregate_replicates(load(*report.files)))
     if result:
         print("Findings:")
         for finding in result:
             print(f"  - {finding}")
-    write_page(report.folder)
 
 
 def write_page(folder: Path) -> None:
@@ -91,3 +103,14 @@ def _models(rows: pd.DataFrame) -> str | None:
         for name, row in cells.groupby("name").first().iterrows()
     ]
     return f"BiFormer at 224 x 224, batch 1: {', '.join(parts)}."
+
+
+def capability_findings(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence for each task, with the attentions that solve it and those at chance."""
+    result = []
+    for task, part in summary(rows[rows["options"].isna() & (rows["difficulty"] == "medium")]).groupby("task"):
+        chance = part["chance"].iloc[0]
+        solved = ", ".join(part.loc[part["accuracy"] >= 0.95, "name"]) or "none"
+        lost = ", ".join(part.loc[part["accuracy"] <= chance + 0.05, "name"]) or "none"
+        result.append(f"{task}: solved by {solved}; at chance ({chance:.0%}): {lost}.")
+    return result

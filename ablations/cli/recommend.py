@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ablations.analysis import model_candidates, recommend_page
+from ablations.analysis import abilities, model_candidates, recommend_page
 from ablations.analysis.candidates import Candidate
 from ablations.analysis.recommend import Limits, Predicted, Question, judge, predict, resolve
 from ablations.analysis.time_candidates import Timed, time_best
@@ -24,6 +24,8 @@ EXAMPLES = """examples:
   python -m ablations recommend --height 512 --width 512 --memory 8GiB
   python -m ablations recommend --height 96 --width 160 --dim 96 --num-heads 3 \\
       --memory 1GiB --measure 8
+  python -m ablations recommend --height 56 --width 56 --memory 1GiB \\
+      --needs recall,offset
   python -m ablations recommend --model biformer_stl --height 512 --width 512 \\
       --memory 8GiB --mode forward_backward
   python -m ablations recommend --height 56 --width 56 --memory 1GiB \\
@@ -39,6 +41,10 @@ hold for the same cell, or interpolated (log-log) between two measured grids of
 the same shape, never beyond them. With --latency, what fits in memory and was
 never timed is listed apart, with the command that times it. A grid that n_win
 does not divide is padded, and marked so. Exits with 1 if nothing fits.
+
+With --needs, those that learned these tasks best come first: ranked by the
+worst of their accuracies in the capability sweep (small networks, small grid),
+in steps of 5 %, then as above. What was not trained comes last.
 
 With --measure, the best of them are timed here first, one after the other and
 each in a process of its own, correct before timed. Their rows are kept in
@@ -69,6 +75,8 @@ def add(command: Parser, begin: float) -> None:
     dtypes = f"{', '.join(CHOICES['dtype'])} (default: fp32)"
     command.add_argument("--dtype", choices=CHOICES["dtype"], default="fp32", metavar="DTYPE", help=dtypes)
     message = "cpu, cuda, auto (cuda if there is one; the default), or a folder of --results"
+    message = "rank by what was learned: tasks of the capability sweep, such as recall,offset"
+    command.add_argument("--needs", metavar="TASK,...", default="", help=message)
     command.add_argument("--device", default="auto", metavar="DEVICE", help=message)
     message = "time the N best here; without N, as many as --seconds allow"
     command.add_argument("--measure", type=integer, nargs="?", const=math.inf, metavar="N", help=message)
@@ -135,7 +143,11 @@ def _question(args: argparse.Namespace) -> Question:
     for plugin in args.plugin:
         load_plugin(plugin)
     plugins = tuple(str(Path(plugin).resolve()) for plugin in args.plugin)
-    asked = Question(size, limits, resolve(args.device, args.results), plugins)
+    needs = tuple(dict.fromkeys(word.strip() for word in args.needs.split(",") if word.strip()))
+    known = abilities.read(args.results) if needs else None
+    if known is not None:
+        known.needed(needs)
+    asked = Question(size, limits, resolve(args.device, args.results), plugins, needs, known)
     if args.measure is not None and not asked.device.here:
         name = asked.device.name or f"a {asked.device.kind} device"
         raise InvalidOption(f"--measure: {name} is not on this machine; valid here: --device auto")
@@ -147,6 +159,8 @@ def _check(args: argparse.Namespace) -> None:
     for flag, value in (("--top", args.top), ("--measure", 1 if args.measure is None else args.measure)):
         if value < 1:
             raise InvalidOption(f"{flag} {value} is not valid; valid: an integer >= 1")
+    if args.needs and args.model is not None:
+        raise InvalidOption("--needs is for one attention: networks of one attention were trained, not models")
     if args.seconds is not None and (args.measure is None or not 0 < args.seconds < float("inf")):
         raise InvalidOption(f"--seconds {args.seconds:g} is not valid; valid: a number above 0, with --measure")
     if not args.results.is_dir() and args.results != Path("results") and args.measure is None:

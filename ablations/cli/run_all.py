@@ -14,11 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ablations.analysis import run_summary
+from ablations.capability.launcher import CapabilityLauncher
+from ablations.capability.sweep import CapabilitySweep
+from ablations.capability.sweep import discover as discover_trained
+from ablations.cli import run_capability
 from ablations.cli.progress import progress
 from ablations.harness.devices import LaunchError
 from ablations.harness.local_runner import Launcher, Settings
 from ablations.harness.results_store import StoreError, check_results_folder
-from ablations.harness.sweep import Sweep, select
+from ablations.harness.sweep import Sweep
 from ablations.slurm import sbatch
 from ablations.slurm.driver import Campaign
 from attention_zoo import InvalidOption, load_plugin
@@ -58,7 +62,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES,
     )
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto", help="auto: cuda if there is one")
-    parser.add_argument("--only", metavar="SWEEP,...", help="these sweeps instead of all")
+    parser.add_argument("--only", metavar="SWEEP,...", help="these sweeps instead of all that measure")
     parser.add_argument("--smoke", action="store_true", help="few, small cells; seconds instead of minutes")
     parser.add_argument("--list", action="store_true", help="name the sweeps and their questions, and stop")
     parser.add_argument("--dry-run", action="store_true", help="show every cell with its predicted memory, and stop")
@@ -78,7 +82,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="begin no cell after so long; run again to go on",
     )
     parser.add_argument(
-        "--replicates", type=_at_least_one, metavar="N", help="processes for each case; default: as the sweep says"
+        "--replicates",
+        type=_at_least_one,
+        metavar="N",
+        help="processes for each case, or seeds for each training; default: as the sweep says",
     )
     parser.add_argument("--full", action="store_true", help="as published: more cells and samples, 3 processes a case")
     parser.add_argument(
@@ -140,12 +147,13 @@ def _at_least_one(text: str) -> int:
 def _run(options: argparse.Namespace) -> int:
     for plugin in options.plugin:
         load_plugin(plugin)
-    sweeps = select(options.only)
+    sweeps, trained = run_capability.select(options.only)
+    trained = run_capability.adjusted(trained, options.full, options.replicates, options.timeout)
     sweeps = {name: _adjusted(sweep, options) for name, sweep in sweeps.items()}
     if options.json and not (options.list or options.dry_run):
         raise InvalidOption("--json is for --list and --dry-run; a run itself writes CSVs")
     if options.list:
-        return _list(sweeps, options.json)
+        return _list(sweeps, trained if options.only else discover_trained(), options.json)
     args = sbatch.options(options.slurm)
     if options.device == "auto":
         there = sbatch.on_gpus(args) if options.launcher == "slurm" else not check_device("cuda")
@@ -155,11 +163,19 @@ def _run(options: argparse.Namespace) -> int:
         tuple(str(Path(plugin).resolve()) for plugin in options.plugin), options.gpus, options.minutes,
         options.static_analysis and options.static_analysis.resolve(),
     )  # fmt: skip
+    if trained and options.launcher == "slurm":
+        raise InvalidOption(f"--launcher slurm is not for {', '.join(trained)}; valid: --launcher local")
     if options.launcher == "slurm":
         check_results_folder(options.results)
         return _campaign(Campaign(settings, sweeps, args, options.shards))
     if reason := check_device(options.device):
         raise InvalidOption(f"--device {options.device}: {reason}; valid here: cpu, auto")
+    if trained:
+        check_results_folder(options.results)
+        trainer = CapabilityLauncher(settings)
+        if options.dry_run:
+            return run_capability.dry_run(trainer, trained, options.json)
+        return run_capability.run(trainer, trained)
     if options.dry_run:
         launcher = Launcher(settings)
         return _dry_run_json(launcher, sweeps) if options.json else _dry_run(launcher, sweeps)
@@ -174,15 +190,19 @@ def _adjusted(sweep: Sweep, options: argparse.Namespace) -> Sweep:
     return replace(sweep, replicates=options.replicates or sweep.replicates, timeout=timeout)
 
 
-def _list(sweeps: dict[str, Sweep], as_json: bool) -> int:
+def _list(sweeps: dict[str, Sweep], trained: run_capability.Sweeps, as_json: bool) -> int:
+    named: dict[str, Sweep | CapabilitySweep] = {**sweeps, **trained}
     if as_json:
         message = [
-            {"sweep": name, "question": sweep.question, "expect": sweep.expect} for name, sweep in sweeps.items()
+            {"sweep": name, "question": sweep.question, "expect": sweep.expect, "only_when_named": name in trained}
+            for name, sweep in named.items()
         ]
         print(json.dumps(message, indent=2))
         return 0
-    for name, sweep in sweeps.items():
+    for name, sweep in named.items():
         print(f"{name}: {sweep.question}\n    expect: {sweep.expect}")
+        if name in trained:
+            print(f"    {run_capability.ONLY_WHEN_NAMED} {name}")
     return 0
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 from attention_zoo import InvalidOption
-from profiling.schema.row import COLUMNS, KEY, as_text, load, validate
+from profiling.schema.row import ROW
+from profiling.schema.table import Schema, as_text
 
 FAILED = ("oom", "timeout", "crash", "incorrect", "unsupported", "error")
 
@@ -23,7 +24,7 @@ class StoreError(RuntimeError):
 
 
 class Store:
-    """The rows of one sweep on one device.
+    """The rows of one sweep on one device, of one schema.
 
     Opening removes an incomplete last line, as after a killed run. A file of another schema is rejected.
 
@@ -32,14 +33,15 @@ class Store:
         StoreError: ``path`` cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, schema: Schema = ROW) -> None:
+        self.path, self.schema = path, schema
+        self._header = ",".join(schema.columns) + "\n"
         with _explained(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_torn_line(path)
+            _cut_torn_line(path, self._header)
             self._status = dict(self._keys())
             if not path.exists() or path.stat().st_size == 0:
-                _append(path, ",".join(COLUMNS) + "\n")
+                _append(path, self._header)
 
     def finished(self, key: tuple[str, ...], retry_failed: bool = False) -> bool:
         """Whether the case has a row, other than of a failure to be retried."""
@@ -48,23 +50,23 @@ class Store:
 
     def append(self, row: dict[str, Any]) -> None:
         """Validate a row and write it to disk; it replaces a row of the same key."""
-        validate([row])
-        self.merge([[as_text(row.get(name)) for name in COLUMNS]])
+        self.schema.validate([row])
+        self.merge([[as_text(row.get(name)) for name in self.schema.columns]])
 
     def merge(self, rows: Iterable[list[str]]) -> None:
         """Write valid rows, as text, to disk; a later row replaces one of the same key."""
-        latest = {_key(text): text for text in rows}
+        latest = {self._key(text): text for text in rows}
         new = {key: text for key, text in latest.items() if key not in self._status}
         with _explained(self.path):
             if len(new) < len(latest):
                 self._replace(latest)
             elif new:
                 _append(self.path, "".join(map(_line, new.values())))
-        self._status |= {key: text[len(KEY)] for key, text in latest.items()}
+        self._status |= {key: text[len(self.schema.key)] for key, text in latest.items()}
 
     def frame(self) -> pd.DataFrame:
         """All rows."""
-        return load(self.path)
+        return self.schema.load(self.path)
 
     def archive(self) -> Path | None:
         """Rename the file and start an empty one; returns the new path of the old file, None if it had no rows."""
@@ -73,22 +75,25 @@ class Store:
         aside = self.path.with_suffix(datetime.now().strftime(".%Y%m%dT%H%M%S.%f") + ".csv.old")
         with _explained(self.path):
             self.path.rename(aside)
-            _append(self.path, ",".join(COLUMNS) + "\n")
+            _append(self.path, self._header)
         self._status.clear()
         return aside
 
     def _keys(self) -> Iterator[tuple[str, str]]:
         if not self.path.exists() or self.path.stat().st_size == 0:
             return
-        load(self.path)
+        self.schema.load(self.path)
         for text in read(self.path):
-            yield _key(text), text[len(KEY)]
+            yield self._key(text), text[len(self.schema.key)]
+
+    def _key(self, text: list[str]) -> str:
+        return _joined(text[: len(self.schema.key)])
 
     def _replace(self, latest: dict[str, list[str]]) -> None:
-        kept = [text for text in read(self.path) if _key(text) not in latest]
+        kept = [text for text in read(self.path) if self._key(text) not in latest]
         concurrent = self.path.with_suffix(".tmp")
         concurrent.unlink(missing_ok=True)
-        _append(concurrent, "".join(map(_line, [list(COLUMNS), *kept, *latest.values()])))
+        _append(concurrent, "".join(map(_line, [list(self.schema.columns), *kept, *latest.values()])))
         concurrent.replace(self.path)
 
 
@@ -148,20 +153,16 @@ def _append(path: Path, text: str) -> None:
         os.close(descriptor)
 
 
-def _cut_torn_line(path: Path) -> None:
+def _cut_torn_line(path: Path, first_line: str) -> None:
     if not path.exists():
         return
-    data, header = path.read_bytes(), (",".join(COLUMNS) + "\n").encode()
+    data, header = path.read_bytes(), first_line.encode()
     if not (data.startswith(header) or header.startswith(data)):
         # Not a file of this schema: do not change it.
         return
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-
-
-def _key(text: list[str]) -> str:
-    return _joined(text[: len(KEY)])
 
 
 def _joined(key: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from ablations.harness.local_runner import Report, Settings
 from ablations.harness.results_store import FAILED, Store, exclusive, read
 from ablations.slurm.task import Shard, place_of
-from profiling.schema.row import KEY
+from profiling.schema.row import KEY, holds_costs
 
 
 def merge(campaign: Path, settings: Settings, sweeps: Iterable[str], report: Report) -> None:
@@ -70,7 +70,7 @@ def finished(models: list[str], settings: Settings) -> set[str]:
         place_of(row)
         for model in models
         for path in (settings.results / model).glob("*.csv")
-        if path.name != "peaks.csv"
+        if holds_costs(path)
         for row in read(path)
         if not (settings.retry_failed and row[len(KEY)] in FAILED)
     }

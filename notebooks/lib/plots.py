@@ -21,8 +21,9 @@ import seaborn as sns
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
+from profiling.schema.capability import load as load_trained
 from profiling.schema.replicates import aggregate_replicates
-from profiling.schema.row import SchemaError
+from profiling.schema.row import SchemaError, holds_costs
 from profiling.schema.row import load as load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,15 +89,18 @@ class Results:
 
     Attributes:
         rows: of all its sweeps, one per case.
+        trained: of its capability sweeps, one per training.
         missing: sweeps without rows that a figure needs.
     """
 
     rows: pd.DataFrame
+    trained: pd.DataFrame = field(default_factory=load_trained)
     missing: set[str] = field(default_factory=set)
 
     def sweep(self, name: str) -> pd.DataFrame:
         """The rows of one sweep."""
-        return self.rows[self.rows["sweep"] == name]
+        rows = self.trained if name.startswith("capability") else self.rows
+        return rows[rows["sweep"] == name]
 
 
 def load() -> Results:
@@ -104,7 +108,7 @@ def load() -> Results:
     files: dict[str, list[Path]] = {}
     root = ROOT / os.environ.get("ATTENTION_RESULTS", "results")
     for path in sorted(root.glob("*/*.csv")):
-        if path.name not in ("peaks.csv", "recommend.csv"):
+        if holds_costs(path) and path.name != "recommend.csv":
             files.setdefault(path.parent.name, []).append(path)
     tables = {}
     for folder, paths in files.items():
@@ -122,7 +126,12 @@ def load() -> Results:
     others = [folder for folder in tables if folder != chosen]
     rest = f" Also there: {', '.join(others)}; `ATTENTION_DEVICE` chooses." if others else ""
     say(f"Device: **{' and '.join(tables[chosen]['device_name'].unique())}**, folder `{chosen}`.{rest}")
-    return Results(aggregate_replicates(tables[chosen]))
+    return Results(aggregate_replicates(tables[chosen]), trained(root / chosen))
+
+
+def trained(folder: Path) -> pd.DataFrame:
+    """The rows of the capability sweeps in a device's folder."""
+    return load_trained(*sorted(folder.glob("capability*.csv")))
 
 
 def _preferred(tables: dict[str, pd.DataFrame]) -> str:

@@ -24,12 +24,33 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from notebooks.figures import bra_options, cost_split, crossover, curves, latency, pareto, speed_figure
+from notebooks.figures import (
+    bra_options,
+    capability,
+    capability_costs,
+    cost_split,
+    crossover,
+    curves,
+    latency,
+    pareto,
+    speed_figure,
+)
 from notebooks.lib import limits
-from notebooks.lib.plots import Results, kept
-from notebooks.tables import break_even, complexity, growth, precision, prediction, published, speed, stl, targets
+from notebooks.lib.plots import Results, kept, trained
+from notebooks.tables import (
+    break_even,
+    complexity,
+    growth,
+    precision,
+    prediction,
+    published,
+    speed,
+    stl,
+    targets,
+    trainings,
+)
 from profiling.schema.replicates import aggregate_replicates
-from profiling.schema.row import SchemaError
+from profiling.schema.row import SchemaError, holds_costs
 from profiling.schema.row import load as load_rows
 
 NAME = "report.html"
@@ -62,6 +83,10 @@ SECTIONS = (
     Section("bra", "What do topk, the number of regions and kv downsampling buy?",
             [bra_options.topk_maps, bra_options.kv_curves, bra_options.kv_maps, cost_split.figure],
             [bra_options.findings, cost_split.findings]),
+    Section("capability", "What does a cheaper attention lose?",
+            [capability.heat_map, trainings.tasks, capability_costs.pareto, capability_costs.topk, trainings.transfer,
+             trainings.options],
+            [capability.findings, capability_costs.findings]),
     Section("speed", "How much faster than as published is each implementation of BRA?",
             [speed_figure.figure, *(partial(show, mode=mode) for mode in BOTH for show in (speed.speed_table,
              speed.memory_table)), break_even.table, targets.table], [speed.findings]),
@@ -92,7 +117,7 @@ def write(folder: Path) -> Path:
         FileNotFoundError: there is no sweep's CSV in ``folder``.
         SchemaError: a CSV there is of another schema.
     """
-    files = sorted(path for path in folder.glob("*.csv") if path.name not in ("peaks.csv", "recommend.csv"))
+    files = sorted(path for path in folder.glob("*.csv") if holds_costs(path) and path.name != "recommend.csv")
     if not files:
         raise FileNotFoundError(f"{folder} holds no results of any sweep; `python run_all.py` makes them")
     path = folder / NAME
@@ -111,7 +136,7 @@ def page(rows: pd.DataFrame, files: list[str], folder: Path) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     started = rows["started_at"].dropna().astype(str).str[:10]
-    results = Results(aggregate_replicates(rows))
+    results = Results(aggregate_replicates(rows), trained(folder))
     # Drawing takes seconds per figure, so sections are drawn in parallel.
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
         sections = list(pool.map(partial(_rendered, results=results, folder=folder), range(len(SECTIONS))))

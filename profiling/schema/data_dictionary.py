@@ -1,12 +1,14 @@
 """Every column explained: ``python -m profiling.schema.data_dictionary > results/README.md``."""
 
-from profiling.schema.row import Row
+from profiling.schema.capability import CAPABILITY
+from profiling.schema.row import ROW
+from profiling.schema.table import Schema
 
 
-def dictionary() -> str:
+def dictionary(schema: Schema = ROW) -> str:
     """The data dictionary, as Markdown, generated from the schema."""
     lines = ["| column | type | meaning |", "|---|---|---|"]
-    for name, column in Row.to_schema().columns.items():
+    for name, column in schema.model.to_schema().columns.items():
         kind = {"int64": "integer", "float64": "number", "boolean": "true/false"}.get(str(column.dtype).lower(), "text")
         lines.append(f"| `{name}` | {kind} | {column.description} |")
     return "\n".join(lines) + "\n"
@@ -14,7 +16,8 @@ def dictionary() -> str:
 
 README = """# Results
 
-One folder per device, one CSV per sweep in it, one row per cell: one case, measured once. All files have the
+One folder per device, one CSV per sweep in it, one row per cell: one case, measured once. All files but
+`capability*.csv`, which have columns of their own (last on this page), have the
 same columns, so they concatenate: `profiling.schema.row.load("results/<device>/topk.csv", ...)` gives one typed
 pandas table. An empty cell was not obtained or does not apply; it never stands for zero.
 
@@ -25,6 +28,8 @@ pandas table. An empty cell was not obtained or does not apply; it never stands 
   `python -m notebooks.report results/<device>` does so from the files alone.
 - `figures/` and `tables/` are written by the notebooks, from these files alone. `profile_one_config.json` is what
   the profiler said of the one configuration in the notebook of that name.
+- `capability*.csv` hold accuracies, one row per training: `profiling.schema.capability.load(...)`. Three seeds are
+  three rows; `profiling.schema.capability.summary` gives their mean and range.
 - `published_models.csv` holds figures from papers, in columns named `published_*`. None of them was measured here.
 
 `memory_predicted_bytes` is empty under torch.compile, which fuses steps away, and for bf16 and fp16 on a CPU, whose
@@ -41,7 +46,8 @@ kernels work on copies that no rule covers.
 - `amd-epyc-2-threads`: `complexity` of 25 attentions, the others of 17. Other programs used the machine.
   In 17 of 1,361 timed rows the 95 % interval of the median
   became narrower than 2 % (`latency_stop` is `converged`); in the others the time limit ended sampling. Ratios within
-  a sweep are usable, single latencies are not.
+  a sweep are usable, single latencies are not. `capability`, `capability_bra` and `capability_pilot` were trained
+  here; the pilot with fewer steps of `count` (600, now 900) and `offset` (700, now 1000).
 - `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;
   `resolution`, `precision` and `stl` are not measured yet. One process a cell. The kernels of `impl="triton"` have
   changed since. Predictions were computed again on 2026-11-28 by mended rules, except for training by
@@ -59,6 +65,10 @@ show MiB. This page is generated: `python -m profiling.schema.data_dictionary > 
 ## Columns
 
 """
+TRAINED = """
+## Columns of capability sweeps
+
+"""
 
 if __name__ == "__main__":
-    print(README + dictionary(), end="")
+    print(README + dictionary() + TRAINED + dictionary(CAPABILITY), end="")

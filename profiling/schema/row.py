@@ -8,14 +8,12 @@ from typing import Any
 
 import pandas as pd
 import pandera.pandas as pa
-from pandas.api.types import is_scalar
 from pandera.typing import Series
 
+from profiling.schema.table import Schema, SchemaError, as_text, missing
+
+__all__ = ["COLUMNS", "KEY", "KINDS", "Row", "SchemaError", "agree", "as_text", "holds_costs", "load", "validate"]
 STATUSES = ("ok", "predicted", "oom", "timeout", "crash", "incorrect", "unsupported", "error")
-
-
-class SchemaError(ValueError):
-    """A table is not of this schema; the message says where."""
 
 
 def _text(description: str, **checks: Any) -> Any:
@@ -200,102 +198,38 @@ class Row(pa.DataFrameModel):
     def agreement_consistent(cls, df: pd.DataFrame) -> pd.Series:
         """macs_agree is consistent with the counts."""
         counts = zip(df["macs_analytic"], df["macs_counted"], df["macs_fvcore"], strict=True)
-        stated = (None if _missing(value) else bool(value) for value in df["macs_agree"])
+        stated = (None if missing(value) else bool(value) for value in df["macs_agree"])
         consistent = [agree(*count) == value for count, value in zip(counts, stated, strict=True)]
         return pd.Series(consistent, index=df.index, dtype=bool)
 
 
-COLUMNS: tuple[str, ...] = tuple(Row.to_schema().columns)
-KEY: tuple[str, ...] = COLUMNS[: COLUMNS.index("status")]
-KINDS: dict[str, str] = {name: str(column.dtype).lower() for name, column in Row.to_schema().columns.items()}
+ROW = Schema(
+    Row,
+    "status",
+    {
+        "agreement_error": "correctness_error",
+        "agreement_tolerance": "correctness_tolerance",
+        "yardstick_ms": "machine_speed_probe_ms",
+    },
+    ("yardstick_memory_ms",),
+)
+COLUMNS, KEY, KINDS = ROW.columns, ROW.key, ROW.kinds
+RENAMED, DROPPED = ROW.renamed, ROW.dropped
+validate, load = ROW.validate, ROW.load
 _MEASURED = ("latency_", "device_time", "memory_peak", "memory_reserved", "machine_speed_probe", "system_", "achieved_",
              "roofline_")  # fmt: skip
 MEASURED: tuple[str, ...] = tuple(column for column in COLUMNS if column.startswith(_MEASURED))
-RENAMED = {
-    "agreement_error": "correctness_error",
-    "agreement_tolerance": "correctness_tolerance",
-    "yardstick_ms": "machine_speed_probe_ms",
-}
-"""Columns of older result files and what they are called now; ``python -m ablations convert`` uses it."""
-DROPPED = ("yardstick_memory_ms",)
-"""Columns of older result files that are no more."""
 
 
 def agree(analytic: Any, counted: Any, fvcore: Any) -> bool | None:
     """Whether the available MAC counts agree, fvcore's within 1 %; None with fewer than two counts."""
-    exact = [int(n) for n in (analytic, counted) if not _missing(n)]
-    loose = [] if _missing(fvcore) else [int(fvcore)]
+    exact = [int(n) for n in (analytic, counted) if not missing(n)]
+    loose = [] if missing(fvcore) else [int(fvcore)]
     if len(exact) + len(loose) < 2:
         return None
     return len(set(exact)) <= 1 and all(abs(n - exact[0]) <= 0.01 * exact[0] for n in loose if exact)
 
 
-def _missing(value: Any) -> bool:
-    return value is None or value is pd.NA or value != value
-
-
-def as_text(value: Any) -> str:
-    """The text of a value in a CSV cell; keys are compared in this form."""
-    if value is None or (is_scalar(value) and pd.isna(value)):
-        return ""
-    if isinstance(value, float):
-        return f"{value:.9g}"
-    return " ".join(str(value).replace("\0", " ").encode(errors="replace").decode().split())
-
-
-def validate(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Convert rows to a table of this schema; SchemaError if they violate it."""
-    unknown = {name for row in rows for name in row} - set(COLUMNS)
-    if unknown:
-        raise SchemaError(f"not columns of this schema: {', '.join(sorted(unknown))}")
-    table = pd.DataFrame([{name: as_text(row.get(name)) for name in COLUMNS} for row in rows], columns=list(COLUMNS))
-    return _typed(table, "row")
-
-
-def load(*paths: str | Path) -> pd.DataFrame:
-    """Read result files into one table; SchemaError if a file is of another schema."""
-    tables = [_typed(_read(Path(path)), str(path)) for path in paths]
-    return (
-        pd.concat(tables, ignore_index=True) if tables else _typed(pd.DataFrame(columns=list(COLUMNS), dtype=str), "")
-    )
-
-
-def _read(path: Path) -> pd.DataFrame:
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as problem:
-        raise SchemaError(f"{path} is not a results file: {problem}") from problem
-    if {*RENAMED, *DROPPED} & set(table.columns):
-        raise SchemaError(
-            f"{path} holds columns of an older schema; convert it with: python -m ablations convert {path.parent}"
-        )
-    if tuple(table.columns) != COLUMNS:
-        odd = sorted(set(table.columns) ^ set(COLUMNS))
-        differ = ", ".join(odd) or "their order"
-        raise SchemaError(f"{path} holds a CSV of another schema (columns that differ: {differ})")
-    return table
-
-
-def _typed(table: pd.DataFrame, where: str) -> pd.DataFrame:
-    typed = table.replace("", pd.NA)
-    for name, kind in KINDS.items():
-        try:
-            typed[name] = _converted(typed[name], kind)
-        except (KeyError, TypeError, ValueError) as problem:
-            raise SchemaError(f"{where}: column {name} holds what is no {kind}: {problem}") from problem
-    try:
-        return Row.validate(typed)
-    except (pa.errors.SchemaError, pa.errors.SchemaErrors) as problem:
-        first_line = " ".join(str(problem).split())[:300]
-        raise SchemaError(f"{where}: {first_line}") from problem
-
-
-def _converted(column: pd.Series, kind: str) -> pd.Series:
-    """Convert text to the column's type; invalid text raises an error."""
-    if kind == "boolean":
-        return column.map({"True": True, "False": False}.__getitem__, na_action="ignore").astype("boolean")
-    if kind == "int64":
-        # Via a list: pandas would convert a column with gaps through float and lose digits.
-        whole = [pd.NA if _missing(value) else int(value) for value in column.tolist()]
-        return pd.Series(pd.array(whole, dtype="Int64"), index=column.index)
-    return column.map(float, na_action="ignore").astype("float64") if kind == "float64" else column
+def holds_costs(path: Path) -> bool:
+    """Whether a CSV in a device's folder is of this schema, by its name; ``peaks.csv`` and accuracies are not."""
+    return path.name != "peaks.csv" and not path.name.startswith("capability")

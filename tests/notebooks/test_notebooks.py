@@ -19,6 +19,7 @@ from nbclient import NotebookClient
 from notebooks.figures import cost_split, crossover, latency, one_config, pareto, routes  # fmt: skip
 from notebooks.lib import export, limits, plots, programs  # fmt: skip
 from notebooks.tables import break_even, prediction, published, speed, targets  # fmt: skip
+from profiling.schema.capability import validate as validate_trained
 from profiling.schema.row import agree, load, validate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +27,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 FIGURES = {
     "readme", "resolution_forward", "resolution_forward_backward", "topk", "kv_downsample", "kv_downsample_map",
     "cost_split", "latency", "break_even", "pareto_forward", "pareto_forward_backward", "profile_one_config",
-    "bra_speed",
+    "bra_speed", "capability", "capability_pareto", "capability_topk",
 }  # fmt: skip
 TABLES = {
     "published_models",
@@ -42,6 +43,7 @@ TABLES = {
     "targets_cpu",
 }
 TABLES |= {"pareto_forward", "pareto_forward_backward"}
+TABLES |= {"capability_tasks", "capability_transfer", "capability_bra"}
 PARTS = {"macs_projection": 50, "macs_routing": 10, "macs_attention": 30, "macs_local_conv": 10, "macs_analytic": 100}
 TABLES |= {f"bra_{what}_{mode}" for what in ("speed", "memory") for mode in ("forward", "forward_backward")}
 BLOCK = """
@@ -166,6 +168,34 @@ def speeds() -> Iterator[dict[str, Any]]:
     yield cell("bra_speed", "bra", "forward_backward", 56, None, None, **bare)
 
 
+def training(
+    name: str, task: str, accuracy: float, seed: int = 0, sweep: str = "capability", **more: Any
+) -> dict[str, Any]:
+    """A row of a capability sweep."""
+    return {
+        "sweep": sweep, "name": name, "task": task, "difficulty": "medium", "height": 14, "width": 14, "dim": 32,
+        "num_heads": 2, "depth": 2, "batch": 8, "steps": 500, "optimiser": "AdamW one-cycle", "learning_rate": 0.01,
+        "dtype": "fp32", "device": "cpu", "seed": seed, "device_name": "Round Numbers", "status": "ok", "chance": 0.125,
+        "accuracy": accuracy, "accuracy_double": accuracy / 2, "loss": 0.5, "answers": 1000,
+        "started_at": "2026-01-02T03:04:05+00:00",
+    } | more  # fmt: skip
+
+
+def trained() -> Iterator[dict[str, Any]]:
+    """Accuracies of a task that counts, of one at which the convolution is as good, and of one that is not solved."""
+    of_task = {
+        "recall": {"full": 1.0, "bra": 0.8, "my_plugin": 0.5, "pseudo_conv": 0.125},
+        "count": {"full": 1.0, "bra": 0.9, "my_plugin": 0.9, "pseudo_conv": 0.9},
+        "connect": {"full": 0.6, "bra": 0.6, "my_plugin": 0.5, "pseudo_conv": 0.1},
+    }
+    for task, seed in product(of_task, range(3)):
+        for name, accuracy in of_task[task].items():
+            yield training(name, task, accuracy - 0.02 * seed * (name == "bra"), seed)
+    for topk, accuracy in ((1, 0.25), (4, 0.5), (16, 1.0)):
+        options = {"topk": topk, "n_win": "7"} | ({"options": f"topk={topk}"} if topk != 4 else {})
+        yield training("bra", "recall", accuracy, sweep="capability_bra", accuracy_double_auto=0.25, **options)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A results folder with all sweeps of one device, and a file beside them that is no sweep."""
@@ -175,6 +205,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (device / "peaks.csv").write_text("what,per_second,unit\nfp32,1e9,FLOP\n")
     table = validate([*resolution(), *ablations(), *growth(), *speeds(), *precision()])
     for sweep, rows in table.groupby("sweep"):
+        rows.to_csv(device / f"{sweep}.csv", index=False)
+    for sweep, rows in validate_trained(list(trained())).groupby("sweep"):
         rows.to_csv(device / f"{sweep}.csv", index=False)
     (folder / one_config.STORED).write_text(json.dumps(profile()))
     return folder
@@ -234,8 +266,8 @@ def shown(results: Path, out: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_there_are_notebooks() -> None:
     assert {path.stem for path in NOTEBOOKS} == {
-        "bra_ablations", "bra_speed", "complexity_tables", "latency_and_pareto", "memory_resolution_curves",
-        "profile_one_config", "routing_gallery",
+        "bra_ablations", "bra_speed", "capability", "complexity_tables", "latency_and_pareto",
+        "memory_resolution_curves", "profile_one_config", "routing_gallery",
     }  # fmt: skip
 
 
@@ -315,6 +347,9 @@ def test_figures_and_tables_are_written(shown: dict[tuple[str, str], str], out: 
         ("profile_one_config", "| MACs, by fvcore | 1,010 | +1.00% against the formula |"),
         ("profile_one_config", "The counters of MACs differ by 1.00%: 1,000 (analytic) to 1,010 (fvcore)."),
         ("profile_one_config", "The heaviest stage, bra.attend, takes 60% of the step's time."),
+        ("capability", "1 task that counts separates attentions by more than 20 points: recall."),
+        ("capability", "| recall | 100 (100 to 100) | 12 (12 to 12) | 12 | 88 | 3 | yes |"),
+        ("capability", "recall with topk 1: 25 %, 4: 50 %, 16: 100 %."),
         ("routing_gallery", "| 7 x 7 | 4 | 256 | 8.2% | 10.00% |"),
         ("routing_gallery", "With 7 x 7 regions, topk 1 reaches 2.0% of the tokens and topk 16 33%"),
         ("routing_gallery", "no picture: `python -m attention_zoo bra --query 0.37,0.44` draws one."),
@@ -338,6 +373,7 @@ def test_failed_cells_are_listed_with_their_reasons(shown: dict[tuple[str, str],
         ("bra_ablations", ["topk", "kv_downsample"]),
         ("latency_and_pareto", ["resolution", "precision"]),
         ("routing_gallery", ["topk"]),
+        ("capability", ["capability", "capability_bra"]),
         ("bra_speed", ["bra_speed"]),
     ],
 )

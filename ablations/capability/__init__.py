@@ -1,0 +1,1 @@
+"""What an attention is able to do: small synthetic tasks, and one network that is trained on them."""
