@@ -47,7 +47,7 @@ kernels work on copies that no rule covers.
   In 17 of 1,361 timed rows the 95 % interval of the median
   became narrower than 2 % (`latency_stop` is `converged`); in the others the time limit ended sampling. Ratios within
   a sweep are usable, single latencies are not. `capability`, `capability_bra` and `capability_pilot` were trained
-  here; the pilot with fewer steps of `count` (600, now 900) and `offset` (700, now 1000).
+  here; the pilot with fewer steps of `recall` (500, now 800), `count` (600, now 900) and `offset` (700, now 1000).
 - `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;
   `resolution`, `precision` and `stl` are not measured yet. One process a cell. The kernels of `impl="triton"` have
   changed since. Predictions were computed again on 2026-11-28 by mended rules, except for training by
