@@ -16,12 +16,12 @@ function chartsOf(view, rows, entries) {
     const how = view === "latency" ? "dashed lines: interpolated between measured grids" : source.lines;
     const marks = view === "macs" ? "marks: counted" : source.marks;
     return [{ id: view, title: `${title}; ${how}, ${marks}, crosses: failed`, spec: () => curveSpec(view),
-      data: () => curveData(rows, state, view), labels: true, table: { source: "marks", fields: CURVE_FIELDS } }];
+      data: () => curveData(rows, state, view), extents: curveExtents, labels: true, table: { source: "marks", fields: CURVE_FIELDS } }];
   }
   if (view === "pareto") {
     const fields = { label: "configuration", time: "latency", bytes: "memory" };
     const charts = [{ id: "pareto", title: "Latency against memory at this shape; full marks: measured, faint: interpolated, dashed: the Pareto front",
-      spec: paretoSpec, data: () => paretoData(state.all ? entries : rows), table: numbers(fields) }];
+      spec: paretoSpec, data: () => paretoData(state.all ? entries : rows), extents: paretoExtents, table: numbers(fields) }];
     if (DATA.capability.length) {
       charts.push({ id: "accuracy", title: `Accuracy (${state.task || tasks()[0]}) against latency at this shape`, spec: accuracySpec,
         data: () => accuracyData(entries), table: numbers({ label: "configuration", accuracy: "accuracy", time: "latency" }) });
@@ -60,8 +60,10 @@ const keyOf = (view) =>
 
 async function draw(rows, entries) {
   const view = state.view;
-  const key = keyOf(view);
   const charts = chartsOf(view, rows, entries);
+  for (const chart of charts) chart.shown = chart.data();
+  const filled = charts.map((chart) => contentOf(chart.shown).length > 0);
+  const key = [keyOf(view), ...filled].join();
   if (drawn.key === key && drawn.ready) {
     drawn.charts.forEach((chart, number) => refresh(chart, charts[number]));
     return;
@@ -78,7 +80,13 @@ async function draw(rows, entries) {
   for (const chart of charts) {
     const figure = document.getElementById(`figure-${chart.id}`);
     const narrow = innerWidth < 700;
-    const data = chart.data();
+    const entry = { ...chart, figure };
+    mine.charts.push(entry);
+    figure.querySelector("details").addEventListener("toggle", () => fill(entry));
+    if (!contentOf(chart.shown).length) {
+      showEmpty(entry);
+      continue;
+    }
     const labels = chart.labels && !narrow;
     const height = chart.tall ? { step: 24 } : narrow ? 300 : charts.length > 1 ? 260 : 430;
     const spec = {
@@ -86,36 +94,38 @@ async function draw(rows, entries) {
       autosize: { type: "fit-x", contains: "padding" }, padding: { left: 4, top: 8, bottom: 4, right: labels ? 122 : 10 },
       datasets: {}, ...chart.spec(),
     };
-    for (const [name, values] of Object.entries(data)) spec.datasets[name] = values;
+    for (const [name, values] of Object.entries(chart.shown)) spec.datasets[name] = values;
     // The interpreter: the page's policy forbids code that is made from text.
     const result = await vegaEmbed(figure.querySelector(".chart"), spec, { actions: false, renderer: "svg", ast: true, tooltip: { theme: dark() ? "dark" : "light" } });
     if (mine !== drawn) return result.finalize();
     result.view.addEventListener("click", (_, item) => item && item.datum && item.datum.id && pin(item.datum.id));
-    const entry = { ...chart, figure, result, labelled: labels };
-    mine.charts.push(entry);
-    entry.figure.querySelector("details").addEventListener("toggle", () => fill(entry));
+    Object.assign(entry, { result, labelled: labels });
     await refresh(entry, chart);
   }
   mine.ready = true;
 }
 
 async function refresh(entry, chart) {
-  entry.data = chart.data;
-  entry.table = chart.table;
-  const data = (entry.shown = chart.data());
+  const data = (entry.shown = chart.shown);
+  fill(entry);
+  if (!entry.result) return showEmpty(entry);
   const view = entry.result.view;
+  if (entry.extents) for (const [name, value] of Object.entries(entry.extents(data))) view.signal(name, value);
   for (const [name, values] of Object.entries(data)) view.data(name, values);
   if (entry.labelled) {
     view.run();
     view.data("labels", endLabels(data.lines, view.scale("y"), view.signal("height")));
   }
   await view.runAsync();
-  const points = data.points || data.lines.concat(data.marks);
+}
+
+const contentOf = (data) => data.points || [...data.lines, ...data.marks, ...data.failed];
+function showEmpty(entry) {
   const none = entry.figure.querySelector(".none");
-  none.hidden = points.length > 0;
-  entry.figure.querySelector(".chart").classList.toggle("blank", points.length === 0);
-  none.textContent = points.length ? "" : emptyWords(entry.id);
-  fill(entry);
+  none.hidden = false;
+  none.textContent = emptyWords(entry.id);
+  entry.figure.querySelector(".chart").hidden = true;
+  entry.figure.querySelector("details").hidden = true;
 }
 
 function emptyWords(id) {

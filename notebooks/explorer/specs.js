@@ -5,6 +5,7 @@ const SAMPLES = 34;
 const CROSS = "M-.8,-.8L.8,.8M-.8,.8L.8,-.8";
 const sideOf = (cell) => Math.sqrt(cell.height * cell.width);
 const raw = (field, type = "nominal") => ({ field, type, scale: null, legend: null });
+const ONE_TWO_FIVE = [-3, -2, -1, 0, 1, 2, 3, 4, 5].flatMap((power) => [1, 2, 5].map((digit) => digit * 10 ** power));
 const QUANTITIES = {
   memory: {
     name: "Memory of one step", of: (cell) => cell.peak ?? cell.predicted, text: bytes,
@@ -18,7 +19,7 @@ const QUANTITIES = {
   },
   latency: {
     name: "Latency of one step, ms", of: (cell) => cell.ms, text: millis, measured: (cell) => cell.ms,
-    source: () => "measured", limit: () => state.latency, axis: { format: "~r", tickCount: 8 }, base: 10,
+    source: () => "measured", limit: () => state.latency, axis: { format: "~r", values: ONE_TWO_FIVE }, base: 10,
   },
 };
 
@@ -71,7 +72,7 @@ function curveData(rows, at, quantity) {
     const look = looks(configuration, place);
     const grids = [...(cellsAt(at).get(place) || NO_CELLS).values()];
     const cells = grids
-      .filter((cell) => cell.height * at.width === cell.width * at.height)
+      .filter((cell) => cell.height * at.width === cell.width * at.height && sideOf(cell) <= ranges.side[1])
       .sort((a, b) => a.height - b.height);
     const points = quantity === "latency" ? [] : predictedLine(place, at, quantity);
     if (points.length) {
@@ -113,9 +114,9 @@ function curveSpec(quantity) {
   const { name, axis, base } = QUANTITIES[quantity];
   const x = {
     field: "side", type: "quantitative", title: "tokens per side, square root of height x width",
-    scale: { type: "log", base: 2, nice: false }, axis: { format: "~r", tickCount: 7, grid: false },
+    scale: { type: "log", base: 2, nice: false, domain: [{ expr: "x0" }, { expr: "x1" }] }, axis: { format: "~r", tickCount: 7, grid: false },
   };
-  const y = { field: "value", type: "quantitative", title: name, scale: { type: "log", base, nice: false }, axis };
+  const y = { field: "value", type: "quantitative", title: name, scale: { type: "log", base, nice: false, domain: [{ expr: "y0" }, { expr: "y1" }] }, axis };
   const shared = [tip("label", "configuration")];
   const layers = [
     {
@@ -153,23 +154,49 @@ function curveSpec(quantity) {
       encoding: { x, y: { value: "height" }, text: { field: "text" } },
     },
     {
-      data: { name: "labels" }, mark: { type: "text", align: "left", dx: 6, clip: false, fontSize: 10.5 },
-      encoding: { x: { value: "width" }, y: { ...raw("pixel", "quantitative") }, text: { field: "name" }, color: raw("colour") },
+      data: { name: "labels" }, mark: { type: "text", align: "left", dx: 16, fontSize: 10.5, color: INK() },
+      encoding: { x: { value: "width" }, y: { ...raw("pixel", "quantitative") }, text: { field: "name" } },
+    },
+    {
+      data: { name: "labels" }, mark: { type: "point", filled: true, size: 34, xOffset: 9, opacity: 1, strokeWidth: 0.5 },
+      encoding: { x: { value: "width" }, y: { ...raw("pixel", "quantitative") }, fill: raw("colour"), stroke: { value: INK() }, shape: raw("shape") },
     },
   ];
-  return { layer: layers };
+  return { params: EXTENTS(), layer: layers };
 }
 
-// Names beside the lines' ends, moved apart so that none covers another.
+// Ends of both axes, which a chart without data could not find itself.
+const EXTENTS = () => ["x0", "x1", "y0", "y1"].map((name) => ({ name, value: name.endsWith("0") ? 1 : 2 }));
+function extents(xs, ys) {
+  const result = {};
+  for (const [name, values] of [["x", xs], ["y", ys]]) {
+    const known = values.filter((value) => value > 0);
+    const [low, high] = known.length ? [Math.min(...known), Math.max(...known)] : [1, 2];
+    const margin = (high / low) ** 0.04 * 1.02;
+    Object.assign(result, { [`${name}0`]: low / margin, [`${name}1`]: high * margin });
+  }
+  return result;
+}
+const curveExtents = (data) => {
+  const points = [...data.lines, ...data.marks, ...data.failed];
+  return extents(
+    [...points, ...data.here].map((point) => point.side),
+    [...points.flatMap((point) => [point.value, point.low, point.high]), ...data.budget.map((one) => one.value)],
+  );
+};
+
+// Names beside the lines that reach the right edge, moved apart so that none covers another.
 function endLabels(lines, scale, height) {
   const ends = new Map();
+  const last = Math.max(...lines.map((point) => point.side));
   for (const point of lines) {
     const known = ends.get(point.name);
     if (!known || point.side > known.side) ends.set(point.name, point);
   }
   const step = 11.5;
   const placed = [...ends.values()]
-    .map((point) => ({ name: point.name, colour: point.colour, pixel: scale(point.value) }))
+    .filter((point) => point.side > 0.97 * last)
+    .map((point) => ({ name: point.name, colour: point.colour, shape: point.shape, pixel: scale(point.value) }))
     .sort((a, b) => a.pixel - b.pixel);
   placed.forEach((label, number) => {
     if (number) label.pixel = Math.max(label.pixel, placed[number - 1].pixel + step);

@@ -37,7 +37,7 @@ function showTable(rows) {
       const fits = ["fits", "memory ?", row.why][row.group];
       return (
         `<tr class="group${row.group}${pinned ? " pinned" : ""}" data-place="${row.place}">` +
-        `<td class="fits">${escaped(fits)}</td>` +
+        `<td class="fits"><span>${escaped(fits)}</span></td>` +
         `<th scope="row"><button type="button" data-pin="${escaped(id)}" aria-pressed="${pinned}">` +
         `${swatch(row.configuration.name)}<span><b>${escaped(row.configuration.name)}</b>` +
         `${more ? ` <small>${escaped(more)}</small>` : ""}</span></button></th>` +

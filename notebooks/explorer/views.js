@@ -10,7 +10,7 @@ const logX = (field, name, axis = {}, base = 10) => ({
   field, type: "quantitative", title: name, scale: { type: "log", base, nice: false, padding: 14 }, axis,
 });
 const MEMORY_AXIS = { labelExpr: bytesExpression(), tickCount: 6 };
-const MS_AXIS = { format: "~r", tickCount: 6 };
+const MS_AXIS = { format: "~r", tickCount: 6, values: ONE_TWO_FIVE };
 const dots = (extra = {}) => ({ type: "point", filled: true, size: 90, opacity: 1, strokeWidth: 0.7, ...extra });
 const house = () => ({ fill: raw("colour"), stroke: { value: INK() }, shape: raw("shape") });
 
@@ -28,13 +28,19 @@ function paretoData(entries) {
     if (!front.length || point.ms < front[front.length - 1].ms) front.push(point);
   }
   const labels = front.map((point) => ({ ...point }));
-  const budget = [{ memory: state.memory * MIB }].concat(state.latency === null ? [] : [{ ms: state.latency }]);
-  return { points, front, labels, budget: budget.filter((one) => points.length || one.ms) };
+  // A limit that is not set lies outside the chart.
+  const budget = [{ memory: state.memory * MIB, ms: state.latency ?? -1 }];
+  return { points, front, labels, budget };
 }
+const paretoExtents = ({ points, budget }) =>
+  extents([...points, ...budget].map((one) => one.memory), [...points, ...budget].map((one) => one.ms));
 function paretoSpec() {
   const x = logX("memory", "memory of one step", MEMORY_AXIS, 2);
   const y = logX("ms", "latency of one step, ms", MS_AXIS);
+  x.scale = { ...x.scale, padding: 0, domain: [{ expr: "x0" }, { expr: "x1" }] };
+  y.scale = { ...y.scale, padding: 0, domain: [{ expr: "y0" }, { expr: "y1" }] };
   return {
+    params: EXTENTS(),
     layer: [
       { data: { name: "front" }, mark: { type: "line", interpolate: "step-after", strokeDash: [4, 3], color: INK() }, encoding: { x, y } },
       { data: { name: "points" }, mark: dots({ cursor: "pointer" }), encoding: { x, y, ...house(),
