@@ -15,7 +15,7 @@ function chartsOf(view, rows, entries) {
     const title = `${QUANTITIES[view].name.replace(", ms", "")} against resolution`;
     const how = view === "latency" ? "dashed lines: interpolated between measured grids" : source.lines;
     const marks = view === "macs" ? "marks: counted" : source.marks;
-    return [{ id: view, title: `${title}; ${how}, ${marks}, crosses: failed`, spec: () => curveSpec(view),
+    return [{ id: view, title: `${title}; ${how}, ${marks}, crosses: failed`, spec: (data) => curveSpec(view, data),
       data: () => curveData(rows, state, view), extents: curveExtents, labels: true, table: { source: "marks", fields: CURVE_FIELDS } }];
   }
   if (view === "pareto") {
@@ -32,12 +32,12 @@ function chartsOf(view, rows, entries) {
     const parts = [["topk", "topk", topkData, "regions each region is routed to (topk)"],
       ["kv", "kv_downsample", reductionData, "reduction of keys and values per side"]];
     return parts.flatMap(([id, name, data, axis]) => [["ms", "latency"], ["memory", "memory"]].map(([quantity, words]) => ({
-      id: `${id}-${quantity}`, title: `BRA: measured ${words} against ${name}`, spec: () => optionSpec(quantity, axis), data, table: numbers(OPTION_FIELDS) })));
+      id: `${id}-${quantity}`, title: `BRA: measured ${words} against ${name}`, spec: (data) => optionSpec(quantity, axis, data), data, table: numbers(OPTION_FIELDS) })));
   }
   if (view === "speed") {
-    const fields = { series: "implementation", shape: "shape", time: "time", bytes: "memory" };
+    const fields = { series: "implementation", how: "run", shape: "shape", time: "time", bytes: "memory" };
     return [["ms", "time"], ["memory", "memory"]].map(([quantity, words]) => ({
-      id: `speed-${quantity}`, title: `BRA: measured ${words} by implementation`, spec: () => speedSpec(quantity), data: speedData, table: numbers(fields), tall: true }));
+      id: `speed-${quantity}`, title: `BRA: measured ${words} by implementation; height x width x dim, topk, n_win`, spec: (data) => speedSpec(quantity, data), data: speedData, table: numbers(fields), tall: true }));
   }
   return [{ id: "compare", title: "Latency of the same case on two devices; below the dashed line the second is faster", spec: compareSpec,
     data: compareData, table: numbers({ label: "configuration", grid: "grid", at: "first", bt: "second", ratio: "second / first" }) }];
@@ -56,13 +56,14 @@ let drawn = { key: "", charts: [] };
 
 // What a chart's axes and colours depend on; all else are data.
 const keyOf = (view) =>
-  [view, dark(), innerWidth < 700, view === "speed" || view === "compare" ? `${state.device} ${state.other}` : "", view === "pareto" ? state.task : ""].join();
+  [view, dark(), narrow(), view === "speed" || view === "compare" ? `${state.device} ${state.other}` : "", view === "pareto" ? state.task : ""].join();
 
 async function draw(rows, entries) {
   const view = state.view;
   const charts = chartsOf(view, rows, entries);
   for (const chart of charts) chart.shown = chart.data();
-  const filled = charts.map((chart) => contentOf(chart.shown).length > 0);
+  // Legends and heights follow the series and shapes that there are.
+  const filled = charts.map(({ shown }) => [contentOf(shown).length > 0, ...distinct(shown, "series"), ...(view === "speed" ? distinct(shown, "short") : [])]);
   const key = [keyOf(view), ...filled].join();
   if (drawn.key === key && drawn.ready) {
     drawn.charts.forEach((chart, number) => refresh(chart, charts[number]));
@@ -79,7 +80,6 @@ async function draw(rows, entries) {
     .join("");
   for (const chart of charts) {
     const figure = document.getElementById(`figure-${chart.id}`);
-    const narrow = innerWidth < 700;
     const entry = { ...chart, figure };
     mine.charts.push(entry);
     figure.querySelector("details").addEventListener("toggle", () => fill(entry));
@@ -87,12 +87,12 @@ async function draw(rows, entries) {
       showEmpty(entry);
       continue;
     }
-    const labels = chart.labels && !narrow;
-    const height = chart.tall ? { step: 24 } : narrow ? 300 : charts.length > 1 ? 260 : 430;
+    const labels = chart.labels && !narrow();
+    const height = chart.tall ? 24 * distinct(chart.shown, "short").length : narrow() ? 300 : charts.length > 1 ? 260 : 430;
     const spec = {
       $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", height, config: configOf(),
       autosize: { type: "fit-x", contains: "padding" }, padding: { left: 4, top: 8, bottom: 4, right: labels ? 122 : 10 },
-      datasets: {}, ...chart.spec(),
+      datasets: {}, ...chart.spec(chart.shown),
     };
     for (const [name, values] of Object.entries(chart.shown)) spec.datasets[name] = values;
     // The interpreter: the page's policy forbids code that is made from text.
@@ -119,6 +119,7 @@ async function refresh(entry, chart) {
   await view.runAsync();
 }
 
+const distinct = (data, field) => [...new Set((data.points || []).map((point) => point[field]))];
 const contentOf = (data) => data.points || [...data.lines, ...data.marks, ...data.failed];
 function showEmpty(entry) {
   const none = entry.figure.querySelector(".none");
@@ -147,7 +148,7 @@ function fill(entry) {
 // Failed cells of the listed configurations, for those who do not hover.
 function showFailures(rows) {
   const cells = rows.flatMap(({ place }) => [...(cellsAt(state).get(place) || NO_CELLS).values()].filter((cell) => FAILED.includes(cell.status)));
-  document.getElementById("failures").hidden = cells.length === 0;
+  document.getElementById("failures").hidden = cells.length === 0 || !(state.view in QUANTITIES);
   document.getElementById("failed-count").textContent = cells.length;
   document.querySelector("#failures tbody").innerHTML = cells
     .map((cell) => `<tr><th scope="row">${escaped(fullTitle(DATA.configurations[cell.configuration]))}</th><td>${grid(cell)}</td><td>${cell.status}</td><td>${escaped(cell.reason)}</td></tr>`)

@@ -207,8 +207,8 @@ byId("copy").addEventListener("click", async () => {
 byId("unpin").addEventListener("click", () => pin(state.pin));
 addEventListener("hashchange", () => { readHash(); changed(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => changed());
-let wide = innerWidth < 700;
-addEventListener("resize", () => { if (wide !== innerWidth < 700) { wide = innerWidth < 700; changed(); } });
+let shownNarrow = narrow();
+addEventListener("resize", () => { if (shownNarrow !== narrow()) { shownNarrow = narrow(); changed(); } });
 
 readHash();
 buildControls();

@@ -110,7 +110,7 @@ const looks = (configuration, place) => ({
 });
 
 const tip = (field, name) => ({ field, title: name });
-function curveSpec(quantity) {
+function curveSpec(quantity, data) {
   const { name, axis, base } = QUANTITIES[quantity];
   const x = {
     field: "side", type: "quantitative", title: "tokens per side, square root of height x width",
@@ -162,11 +162,11 @@ function curveSpec(quantity) {
       encoding: { x: { value: "width" }, y: { ...raw("pixel", "quantitative") }, fill: raw("colour"), stroke: { value: INK() }, shape: raw("shape") },
     },
   ];
-  return { params: EXTENTS(), layer: layers };
+  return { params: asParams(curveExtents(data)), layer: layers };
 }
 
 // Ends of both axes, which a chart without data could not find itself.
-const EXTENTS = () => ["x0", "x1", "y0", "y1"].map((name) => ({ name, value: name.endsWith("0") ? 1 : 2 }));
+const asParams = (found) => Object.entries(found).map(([name, value]) => ({ name, value }));
 function extents(xs, ys) {
   const result = {};
   for (const [name, values] of [["x", xs], ["y", ys]]) {

@@ -87,6 +87,7 @@ const device = () => DATA.devices[state.device];
 const hidden = () => new Set(state.off.split(",").filter(Boolean));
 const dark = () =>
   state.theme ? state.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+const narrow = () => innerWidth < 700;
 const words = { forward: "forward", forward_backward: "forward and backward" };
 
 // Three significant digits, in the unit that suits.

@@ -34,13 +34,13 @@ function paretoData(entries) {
 }
 const paretoExtents = ({ points, budget }) =>
   extents([...points, ...budget].map((one) => one.memory), [...points, ...budget].map((one) => one.ms));
-function paretoSpec() {
+function paretoSpec(data) {
   const x = logX("memory", "memory of one step", MEMORY_AXIS, 2);
   const y = logX("ms", "latency of one step, ms", MS_AXIS);
   x.scale = { ...x.scale, padding: 0, domain: [{ expr: "x0" }, { expr: "x1" }] };
   y.scale = { ...y.scale, padding: 0, domain: [{ expr: "y0" }, { expr: "y1" }] };
   return {
-    params: EXTENTS(),
+    params: asParams(paretoExtents(data)),
     layer: [
       { data: { name: "front" }, mark: { type: "line", interpolate: "step-after", strokeDash: [4, 3], color: INK() }, encoding: { x, y } },
       { data: { name: "points" }, mark: dots({ cursor: "pointer" }), encoding: { x, y, ...house(),
@@ -90,8 +90,8 @@ const plainOptions = (row) => {
 };
 function topkData() {
   const points = ofSweep("topk").filter((row) => plainOptions(row) && row.dtype === state.dtype).map((row) => {
-    const configuration = DATA.configurations[row.configuration];
-    return optionRow(row, `n_win ${configuration.regions}, ${configuration.impl}`, Number(configuration.topk));
+    const { regions, topk, impl } = DATA.configurations[row.configuration];
+    return optionRow(row, `n_win ${regions}${impl === "reference" ? "" : `, ${impl}`}`, Number(topk));
   });
   return { points };
 }
@@ -104,11 +104,14 @@ function reductionData() {
   });
   return { points };
 }
-function optionSpec(quantity, axisTitle) {
+function optionSpec(quantity, axisTitle, { points }) {
   const y = quantity === "ms" ? logX("ms", "latency of one step, ms", MS_AXIS) : logX("memory", "memory of one step", MEMORY_AXIS, 2);
   const x = logX("at", axisTitle, { format: "~r", tickCount: 8 }, 2);
-  const color = { field: "series", type: "nominal", title: null, scale: { range: hues() }, legend: { orient: "bottom", columns: 3 } };
-  const shape = { field: "series", type: "nominal", title: null, legend: { orient: "bottom", columns: 3 } };
+  // Legends of colour and shape become one only if both name their domain.
+  const domain = seriesOf(points);
+  const named = { field: "series", type: "nominal", title: null, legend: { orient: "bottom", columns: narrow() ? 2 : 4 } };
+  const color = { ...named, scale: { domain, range: hues() } };
+  const shape = { ...named, scale: { domain } };
   const tooltip = [tip("label", "configuration"), tip("grid", "grid"), tip("time", "latency"), tip("bytes", "memory")];
   return { layer: [
     { data: { name: "points" }, mark: { type: "line", strokeWidth: 1.4 }, encoding: { x, y, color } },
@@ -116,9 +119,14 @@ function optionSpec(quantity, axisTitle) {
   ] };
 }
 
+const seriesOf = (points) =>
+  [...new Set(points.map((point) => point.series))].sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+
 // BRA's speed by implementation.
-const shapeOfCase = (row, configuration) =>
-  `${row.batch > 1 ? `batch ${row.batch}, ` : ""}${grid(row)}, dim ${row.dim}, topk ${configuration.topk ?? "-"}, n_win ${configuration.regions ?? "-"}`;
+const shapeOfCase = (row, { topk, regions }) =>
+  `${grid(row)} x ${row.dim}, topk ${topk}, n_win ${regions}${row.batch > 1 ? `, batch ${row.batch}` : ""}`;
+const shortShape = (row, { topk, regions }) =>
+  `${row.height}x${row.width}x${row.dim} k${topk} n${regions}${row.batch > 1 ? ` b${row.batch}` : ""}`;
 function speedData() {
   const points = [];
   for (const row of ofSweep("bra_speed")) {
@@ -126,21 +134,23 @@ function speedData() {
     if (row.dtype !== state.dtype || configuration.name !== "bra") continue;
     const ms = DATA.devices[state.device].kind === "cuda" && row.deviceMs !== null ? row.deviceMs : row.ms;
     const extras = [configuration.compiled ? "compiled" : "", configuration.cudaGraph ? "CUDA graph" : ""].filter(Boolean);
-    points.push({ series: [configuration.impl, ...extras].join(", "), shape: shapeOfCase(row, configuration), ms,
+    points.push({ series: configuration.impl, how: extras.join(", ") || "eager", shape: shapeOfCase(row, configuration),
+      short: narrow() ? shortShape(row, configuration) : shapeOfCase(row, configuration), ms,
       bytes: bytes(row.peak), time: millis(ms), label: fullTitle(configuration), id: identity(configuration),
       place: row.configuration, size: row.batch * row.height * row.width * row.dim, memory: row.peak });
   }
   return { points };
 }
-function speedSpec(quantity) {
+function speedSpec(quantity, { points }) {
   const kind = device().kind === "cuda" ? "device time of one step, ms" : "latency of one step, ms";
   const x = quantity === "ms" ? logX("ms", kind, { ...MS_AXIS, grid: true }) : logX("memory", "memory of one step", { ...MEMORY_AXIS, grid: true }, 2);
-  const y = { field: "shape", type: "nominal", title: null, sort: { field: "size", op: "max" }, axis: { labelLimit: 260, grid: true } };
-  const legend = { orient: "bottom", columns: 3 };
+  const y = { field: "short", type: "nominal", title: null, sort: { field: "size", op: "max" }, axis: { labelLimit: 340, grid: true } };
+  const legend = { orient: "bottom", columns: narrow() ? 2 : 4 };
+  const domain = seriesOf(points);
   return { layer: [{ data: { name: "points" }, mark: dots({ cursor: "pointer" }), encoding: { x, y,
-    color: { field: "series", type: "nominal", title: null, scale: { range: hues() }, legend },
-    shape: { field: "series", type: "nominal", title: null, legend },
-    tooltip: [tip("label", "configuration"), tip("shape", "shape"), tip("time", "time"), tip("bytes", "memory")] } }] };
+    color: { field: "series", type: "nominal", title: "implementation", scale: { domain, range: hues() }, legend },
+    shape: { field: "how", type: "nominal", title: "run", legend, scale: { domain: ["eager", "CUDA graph", "compiled"], range: ["circle", "triangle-up", "cross"] } },
+    tooltip: [tip("label", "configuration"), tip("how", "run"), tip("shape", "shape"), tip("time", "time"), tip("bytes", "memory")] } }] };
 }
 
 // Two devices, or two runs of one: every case that both measured.
@@ -159,7 +169,7 @@ function compareData() {
   for (const [name, a] of bySide[0]) {
     const b = bySide[1].get(name);
     const configuration = DATA.configurations[a.configuration];
-    if (!b || a.mode !== state.mode || a.dtype !== state.dtype || off.has(DATA.marks[configuration.name].family)) continue;
+    if (!b || BASELINES.includes(configuration.name) || a.mode !== state.mode || a.dtype !== state.dtype || off.has(DATA.marks[configuration.name].family)) continue;
     points.push({ ...looks(configuration, a.configuration), a: a.ms, b: b.ms, grid: `${grid(a)}, dim ${a.dim}`,
       ratio: digits(b.ms / a.ms), at: millis(a.ms), bt: millis(b.ms) });
   }
@@ -168,8 +178,9 @@ function compareData() {
   return { points, equal: ends.map((value) => ({ a: value, b: value })) };
 }
 function compareSpec() {
-  const x = logX("a", `ms on ${DATA.devices[state.device].name}`, MS_AXIS);
-  const y = logX("b", `ms on ${DATA.devices[state.other].name}`, MS_AXIS);
+  const axis = { format: "~r", values: [-3, -2, -1, 0, 1, 2, 3, 4, 5].map((power) => 10 ** power) };
+  const x = logX("a", `ms on ${DATA.devices[state.device].name}`, axis);
+  const y = logX("b", `ms on ${DATA.devices[state.other].name}`, axis);
   return { layer: [
     { data: { name: "equal" }, mark: { type: "line", strokeDash: [4, 3], color: INK() }, encoding: { x, y } },
     { data: { name: "points" }, mark: dots({ size: 60, cursor: "pointer" }), encoding: { x, y, ...house(), tooltip: [
