@@ -1,4 +1,4 @@
-"""Summary at the end of a run: cells by status, files written, main findings, and an HTML report."""
+"""Summary at the end of a run: cells by status, files written, main findings, and two HTML pages."""
 
 import os
 import subprocess
@@ -30,22 +30,31 @@ def show(report: Report, seconds: float) -> None:
         print("Findings:")
         for finding in result:
             print(f"  - {finding}")
+    # Before the report, which links to it.
+    write_explorer(report.folder.parent)
     write_page(report.folder)
 
 
 def write_page(folder: Path) -> None:
-    """Write report.html into the folder; print its path, or on stderr why there is none.
+    """Write report.html into the folder of a device; print its path, or on stderr why there is none."""
+    _write("Report", "notebooks.report", folder, "report.html", "notebooks")
 
-    It runs in its own process: the page is drawn by the notebooks' code, which nothing here imports.
-    """
-    command = [sys.executable, "-m", "notebooks.report", str(folder.resolve())]
+
+def write_explorer(root: Path) -> None:
+    """Write explorer.html into the folder of all devices; print its path, or on stderr why there is none."""
+    _write("Explorer", "notebooks.explorer", root, "explorer.html", "explorer")
+
+
+def _write(label: str, module: str, folder: Path, name: str, extra: str) -> None:
+    """Write a page in a process of its own: it is drawn by the notebooks' code, which nothing here imports."""
+    command = [sys.executable, "-m", module, str(folder.resolve())]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True)
     if done.returncode == 0:
-        print(f"Report: {folder / 'report.html'}")
+        print(f"{label}: {folder / name}")
     else:
         why = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        cure = "; it needs pip install '.[notebooks]'" if why.startswith("ModuleNotFoundError") else ""
-        print(f"No report.html: {why}{cure}", file=sys.stderr)
+        cure = f"; it needs pip install '.[{extra}]'" if why.startswith("ModuleNotFoundError") else ""
+        print(f"No {name}: {why.removeprefix('error: ')}{cure}", file=sys.stderr)
 
 
 def findings(rows: pd.DataFrame) -> list[str]:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         print(write([Path(argument) for argument in arguments] or [Path("results")]))
     except ModuleNotFoundError as problem:
-        print(f"{problem}; {NAME} needs pip install '.[explorer]'", file=sys.stderr)
+        print(f"error: {problem}; it needs pip install '.[explorer]'", file=sys.stderr)
         return 2
     except (FileNotFoundError, SchemaError) as problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -114,6 +114,9 @@ def data(roots: Sequence[Path]) -> dict[str, Any]:
     rows = pd.concat(tables, ignore_index=True)
     predictions = next((json.loads(path.read_text()) for root in roots if (path := root / PREDICTIONS).exists()), None)
     if not FORMS.exists():
+        predictions = None
+    elif predictions is not None and not {"range", "candidates"} <= set(predictions):
+        left_out.append(f"{PREDICTIONS} is of another form; `python -m ablations lattice` makes it anew")
         predictions = None
     known = Configurations(usual_options(rows))
     for number, candidate in enumerate(predictions["candidates"] if predictions else ()):

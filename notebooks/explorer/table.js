@@ -39,7 +39,7 @@ function showTable(rows) {
         `<tr class="group${row.group}${pinned ? " pinned" : ""}" data-place="${row.place}">` +
         `<td class="fits"><span>${escaped(fits)}</span></td>` +
         `<th scope="row"><button type="button" data-pin="${escaped(id)}" aria-pressed="${pinned}">` +
-        `${swatch(row.configuration.name)}<span><b>${escaped(row.configuration.name)}</b>` +
+        `${swatch(row.configuration.name)}<span><b>${escaped(row.configuration.name).replaceAll("_", "_<wbr>")}</b>` +
         `${more ? ` <small>${escaped(more)}</small>` : ""}</span></button></th>` +
         `<td class="number">${figureOf(row.ms, millis(row.ms.value))}</td>` +
         `<td class="number">${figureOf(row.memory, bytes(row.memory.value))}</td>` +

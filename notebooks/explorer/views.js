@@ -28,12 +28,10 @@ function paretoData(entries) {
     if (!front.length || point.ms < front[front.length - 1].ms) front.push(point);
   }
   const labels = front.map((point) => ({ ...point }));
-  // A limit that is not set lies outside the chart.
-  const budget = [{ memory: state.memory * MIB, ms: state.latency ?? -1 }];
-  return { points, front, labels, budget };
+  return { points, front, labels, memoryBudget: [{ memory: state.memory * MIB }], timeBudget: state.latency === null ? [] : [{ ms: state.latency }] };
 }
-const paretoExtents = ({ points, budget }) =>
-  extents([...points, ...budget].map((one) => one.memory), [...points, ...budget].map((one) => one.ms));
+const paretoExtents = ({ points, memoryBudget, timeBudget }) =>
+  extents([...points, ...memoryBudget].map((one) => one.memory), [...points, ...timeBudget].map((one) => one.ms));
 function paretoSpec(data) {
   const x = logX("memory", "memory of one step", MEMORY_AXIS, 2);
   const y = logX("ms", "latency of one step, ms", MS_AXIS);
@@ -47,8 +45,8 @@ function paretoSpec(data) {
         fillOpacity: { ...raw("hollow", "quantitative") },
         tooltip: [tip("label", "configuration"), tip("time", "latency"), tip("bytes", "memory")] } },
       { data: { name: "labels" }, mark: { type: "text", align: "left", dx: 8, dy: -7, color: INK() }, encoding: { x, y, text: { field: "name" } } },
-      { data: { name: "budget" }, mark: { type: "rule", strokeDash: [7, 4], strokeWidth: 2, color: LIMIT() }, encoding: { x } },
-      { data: { name: "budget" }, mark: { type: "rule", strokeDash: [7, 4], strokeWidth: 2, color: LIMIT() }, encoding: { y } },
+      { data: { name: "memoryBudget" }, mark: { type: "rule", strokeDash: [7, 4], strokeWidth: 2, color: LIMIT() }, encoding: { x } },
+      { data: { name: "timeBudget" }, mark: { type: "rule", strokeDash: [7, 4], strokeWidth: 2, color: LIMIT() }, encoding: { y } },
     ],
   };
 }
@@ -149,7 +147,7 @@ function speedSpec(quantity, { points }) {
   const domain = seriesOf(points);
   return { layer: [{ data: { name: "points" }, mark: dots({ cursor: "pointer" }), encoding: { x, y,
     color: { field: "series", type: "nominal", title: "implementation", scale: { domain, range: hues() }, legend },
-    shape: { field: "how", type: "nominal", title: "run", legend, scale: { domain: ["eager", "CUDA graph", "compiled"], range: ["circle", "triangle-up", "cross"] } },
+    shape: { field: "how", type: "nominal", title: "run", legend: { orient: "top" }, scale: { domain: ["eager", "CUDA graph", "compiled"], range: ["circle", "triangle-up", "cross"] } },
     tooltip: [tip("label", "configuration"), tip("how", "run"), tip("shape", "shape"), tip("time", "time"), tip("bytes", "memory")] } }] };
 }
 
