@@ -1,4 +1,4 @@
-.PHONY: setup reproduce lint test test-all notebooks wheels tensorboard clean
+.PHONY: setup reproduce lint test test-all notebooks explorer wheels tensorboard clean
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := .venv/bin
@@ -18,7 +18,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not (slow or slurm or notebooks)"
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not (slow or slurm or notebooks or browser)"
 
 test-all: lint
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest -n 2 --dist loadscope
@@ -28,12 +28,15 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 15) else f"needs Python 3.11 to 3.14, this is {sys.version.split()[0]}; say make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[capability,notebooks,trace,test]'
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[capability,notebooks,explorer,trace,test]'
 	touch $@
 
 notebooks: setup
 	ls notebooks/*.ipynb | xargs -P 2 -n 4 $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False
+
+explorer: setup
+	$(BIN)/python -m notebooks.explorer results
 
 # For the Python of the machine that will install them: make wheels FOR=3.12
 FOR ?= 3.12

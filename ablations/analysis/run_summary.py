@@ -1,4 +1,4 @@
-"""Summary at the end of a run: cells by status, files written, main findings, and an HTML report."""
+"""Summary at the end of a run: cells by status, files written, main findings, and two HTML pages."""
 
 import os
 import subprocess
@@ -20,14 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def show(report: Report, seconds: float) -> None:
     """Print the summary of a run to stdout."""
     _show(report, seconds, findings(aggregate_replicates(load(*report.files))))
-    write_page(report.folder)
+    _write_pages(report.folder)
 
 
 def show_trained(report: Report, seconds: float) -> None:
     """As :func:`show`, of a run of capability sweeps."""
     _show(report, seconds, capability_findings(load_trained(*report.files)))
     if any(map(holds_costs, report.folder.glob("*.csv"))):
-        write_page(report.folder)
+        _write_pages(report.folder)
 
 
 def _show(report: Report, seconds: float, result: list[str]) -> None:
@@ -45,19 +45,32 @@ def _show(report: Report, seconds: float, result: list[str]) -> None:
             print(f"  - {finding}")
 
 
-def write_page(folder: Path) -> None:
-    """Write report.html into the folder; print its path, or on stderr why there is none.
+def _write_pages(folder: Path) -> None:
+    # The report links to the explorer.
+    write_explorer(folder.parent)
+    write_page(folder)
 
-    It runs in its own process: the page is drawn by the notebooks' code, which nothing here imports.
-    """
-    command = [sys.executable, "-m", "notebooks.report", str(folder.resolve())]
+
+def write_page(folder: Path) -> None:
+    """Write report.html into the folder of a device; print its path, or on stderr why there is none."""
+    _write("Report", "notebooks.report", folder, "report.html", "notebooks")
+
+
+def write_explorer(root: Path) -> None:
+    """Write explorer.html into the folder of all devices; print its path, or on stderr why there is none."""
+    _write("Explorer", "notebooks.explorer", root, "explorer.html", "explorer")
+
+
+def _write(label: str, module: str, folder: Path, name: str, extra: str) -> None:
+    """Write a page in a process of its own: it is drawn by the notebooks' code, which nothing here imports."""
+    command = [sys.executable, "-m", module, str(folder.resolve())]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True)
     if done.returncode == 0:
-        print(f"Report: {folder / 'report.html'}")
+        print(f"{label}: {folder / name}")
     else:
         why = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        cure = "; it needs pip install '.[notebooks]'" if why.startswith("ModuleNotFoundError") else ""
-        print(f"No report.html: {why}{cure}", file=sys.stderr)
+        cure = f"; it needs pip install '.[{extra}]'" if why.startswith("ModuleNotFoundError") else ""
+        print(f"No {name}: {why.removeprefix('error: ')}{cure}", file=sys.stderr)
 
 
 def findings(rows: pd.DataFrame) -> list[str]:

@@ -149,6 +149,7 @@ def page(rows: pd.DataFrame, files: list[str], folder: Path) -> str:
         device=" and ".join(rows["device_name"].unique()),
         dates=" to ".join(sorted({started.min(), started.max()})) if len(started) else "date not recorded",
         cells=len(rows),
+        explorer=(folder.parent / "explorer.html").exists(),
         sections=[section for section in sections if section["parts"] or section["findings"]],
         facts=list(_facts(rows)),
         statuses=sorted(rows["status"].unique(), key=lambda status: (status != "ok", status)),

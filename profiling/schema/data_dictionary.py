@@ -26,6 +26,8 @@ pandas table. An empty cell was not obtained or does not apply; it never stands 
   by dtype, and bytes per second of a large copy, read plus written.
 - `report.html` beside the sweeps shows all of them on one page that opens offline; every run writes it anew, and
   `python -m notebooks.report results/<device>` does so from the files alone.
+- `explorer.html` here ranks the attentions of all devices for a shape and a budget; every run writes it anew, and
+  `python -m notebooks.explorer results` does so from the files alone.
 - `figures/` and `tables/` are written by the notebooks, from these files alone. `profile_one_config.json` is what
   the profiler said of the one configuration in the notebook of that name.
 - `capability*.csv` hold accuracies, one row per training: `profiling.schema.capability.load(...)`. Three seeds are
