@@ -14,7 +14,7 @@ from ablations.analysis import interleave, interleave_process, readme_table
 from ablations.analysis.compare import compare, read
 from ablations.analysis.compare_page import as_json, markdown, show
 from ablations.analysis.convert import convert, result_files
-from ablations.cli import recommend
+from ablations.cli import lattice, recommend
 from ablations.gpu_visit import visit
 from ablations.harness import static_analysis_cache
 from ablations.harness.devices import LaunchError
@@ -65,6 +65,7 @@ def _run(arguments: list[str], begin: float) -> int:
     recommend.add(commands.add_parser("recommend", help="which attentions fit a grid, a memory and a latency"), begin)
     _add_table(commands.add_parser("table", help="the table of attentions of the README", epilog=TABLE))
     _add_prepare(commands.add_parser("prepare", help="count and predict the cells of a run elsewhere", epilog=PREPARE))
+    lattice.add(commands.add_parser("lattice", help="memory and MACs at any shape, for the explorer's page"))
     _add_convert(commands.add_parser("convert", help="bring result files of an older schema up to date, in place"))
     visit.add(commands.add_parser("gpu_visit", help="all that is worth measuring on a GPU in minutes"))
     given = parser.parse_args(arguments)

@@ -93,14 +93,15 @@ def predictable(work: Workload, device: str) -> bool:
     return device != "cpu" or work.dtype not in (*AUTOCAST, "bf16_params")
 
 
-def predict(work: Workload, device: str = "cpu") -> Memory:
+def predict(work: Workload, device: str = "cpu", tracker: Allocations | None = None) -> Memory:
     """Peak bytes of one step of ``work`` on ``device``, without running a kernel or using the device.
 
     The module may be on any device, ``meta`` included; it is not copied. Every operator runs on shapes only, and its
-    storages are tracked through forward and backward, so the cost is independent of the resolution.
+    storages are tracked through forward and backward, so the cost is independent of the resolution. A ``tracker`` of
+    the caller's may observe more than the peak.
     """
     kind = device.partition(":")[0]
-    tracker = Allocations()
+    tracker = Allocations() if tracker is None else tracker
     with FakeTensorMode(), with_fake_tensors(work, _fake) as imitation:
         if imitation.grad is not None and work.dtype in AUTOCAST:
             # A meta workload runs without autocast, so its output gradient lacks the dtype of autocast.

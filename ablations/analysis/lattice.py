@@ -1,0 +1,262 @@
+"""Predictions for any grid, width and heads, as closed forms that are read off the exact predictions of few shapes.
+
+``python -m ablations lattice`` writes them to results/predictions.json, which the explorer's page reads.
+"""
+
+import itertools
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ablations.analysis.closed_form import (
+    CHANNEL,
+    PADDING,
+    ROUNDINGS,
+    SPATIAL,
+    Array,
+    Rounding,
+    Shape,
+    as_form,
+    evaluate,
+    fit,
+    identify,
+    table,
+)
+from ablations.analysis.timeline import MODES, Timeline, counted, devices_alike, timelines
+from ablations.sweeps import resolution
+from attention_zoo import InvalidOption, Unsupported, names, options
+from profiling.cases.case import Case, available_impls
+
+SIDES, DIMS, HEAD_DIMS = (14, 1024), (32, 64, 96, 128, 192, 256, 384, 512), (16, 32, 64)
+"""The range of shapes: tokens per side, channels, and channels per head; with two heads or more."""
+SAMPLES, COUNTS, HELD_OUT = 7, 60, 4
+"""Shapes to read forms off, for each kind of padding; shapes whose MACs are counted; shapes to tell the error."""
+TRIED = 2000
+"""Random shapes at which the forms of all operators are compared: one that is nowhere the largest is left out."""
+WORST = 0.02
+"""Forms with a larger error are left out."""
+PROBE = "cuda fp32 forward_backward"
+BRA_TOPK, BRA_WINDOWS = (1, 4, 16), (7, 8, 16)
+KV_MODES = ("avgpool", "ada_avgpool", "fracpool", "conv")
+IMPLS = ("reference", "sdpa")
+Runs = Mapping[Shape, Mapping[str, Timeline]]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """An attention, its implementation and the options that the predictions are for."""
+
+    name: str
+    impl: str
+    options: tuple[tuple[str, Any], ...]
+
+    def case(self, shape: Shape, mode: Any = "forward_backward", device: str = "cuda", dtype: Any = "fp32") -> Case:
+        """This configuration at a shape."""
+        size = shape.height, shape.width, shape.dim, shape.heads
+        return Case(self.name, *size, self.options, impl=self.impl, mode=mode, dtype=dtype, device=device)
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from the attention's defaults."""
+        declared = options(self.name)
+        return {name: value for name, value in self.options if value != declared[name].default}
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every attention as the resolution sweep has it, and BRA with other options; without compiled code."""
+    for name in names():
+        declared = options(name)
+        base = {o: value for o, value in resolution.SWEEP.fixed.items() if o in declared}
+        variants: list[dict[str, Any]] = [{}]
+        impls = [impl for impl in available_impls(name) if impl in IMPLS]
+        if name == "bra":
+            # Its other implementations choose the size of their chunks by the shape, which no closed form follows.
+            impls = ["reference"]
+            variants += [{"topk": k} for k in BRA_TOPK if k != 4] + [{"n_win": n} for n in BRA_WINDOWS if n != 7]
+            variants += [{"kv_downsample_mode": mode} for mode in KV_MODES]
+        for changed, impl in itertools.product(variants, impls):
+            yield Configuration(name, impl, tuple(sorted((base | changed).items())))
+
+
+def entry(configuration: Configuration) -> dict[str, Any]:
+    """The configuration's part of the file, or why it has no closed form."""
+    head = {"name": configuration.name, "impl": configuration.impl, "options": configuration.changed()}
+    try:
+        return head | analyze(configuration)
+    except (InvalidOption, Unsupported) as problem:
+        return head | {"failed": str(problem)}
+
+
+def shapes() -> dict[str, Any]:
+    """The range of shapes of the forms, for the file."""
+    return {"sides": SIDES, "dims": DIMS, "head_dims": HEAD_DIMS, "spatial": SPATIAL, "channel": CHANNEL}
+
+
+def analyze(configuration: Configuration) -> dict[str, Any]:
+    """Closed forms of memory and MACs of a configuration, and their largest error at shapes that were held out.
+
+    Raises:
+        InvalidOption: the attention takes hardly any of the shapes.
+    """
+    draw = random.Random(repr(configuration))
+    runs = dict(_ran(configuration, draw, SAMPLES + 2))
+    rounding = _rounding(runs)
+    if rounding.up > 1:
+        for padding in (0, 2, 1):
+            have = sum(rounding.padding(shape.height, shape.width) == padding for shape in runs)
+            runs |= dict(_ran(configuration, draw, max(0, SAMPLES - have), rounding, padding))
+    held_out = dict(_ran(configuration, draw, HELD_OUT))
+    macs, macs_error = _macs(configuration, draw, rounding)
+    memory, errors = {}, {}
+    for word in next(iter(runs.values())):
+        memory[word] = [_peaks(runs, word, rounding, padding, draw) for padding in range(len(PADDING))]
+        errors[word] = max(
+            abs(_memory(memory[word], rounding, shape) / lines[word].peak() - 1) for shape, lines in held_out.items()
+        )
+    exact = [word for word, error in errors.items() if error <= WORST]
+    return {
+        "rounding": [rounding.up, rounding.coarse, int(rounding.down)],
+        "macs": macs if macs_error <= WORST else {},
+        "memory": {word: memory[word] for word in exact},
+        "error": {word: float(f"{errors[word]:.2g}") for word in exact} | {"macs": float(f"{macs_error:.2g}")},
+        "left_out": sorted({*errors} - {*exact}) + ["macs"] * int(macs_error > WORST),
+    }
+
+
+def memory(forms: Mapping[str, Any], word: str, shape: Shape) -> float:
+    """Predicted bytes of a shape from an entry; ``word`` names device, dtype and mode."""
+    return _memory(forms["memory"][word], rounding_of(forms), shape)
+
+
+def rounding_of(forms: Mapping[str, Any]) -> Rounding:
+    """How an entry's forms round a grid."""
+    up, coarse, down = forms["rounding"]
+    return Rounding(up, coarse, bool(down))
+
+
+def random_shape(draw: random.Random, rounding: Rounding | None = None, padding: int = 0) -> Shape:
+    """A shape within the range, uniform on a logarithmic scale; of that padding if there is a rounding."""
+    low, high = SIDES
+    while True:
+        height, width = (round(low * (high / low) ** draw.random()) for _ in range(2))
+        if rounding:
+            height, width = (-(-side // rounding.up) * rounding.up for side in (height, width))
+            height -= draw.randrange(1, rounding.up) if padding == 2 else 0
+            width -= draw.randrange(1, rounding.up) if padding == 1 else 0
+        if min(height, width) >= low:
+            break
+    dim = draw.choice(DIMS)
+    # With one head, other tensors are views.
+    return Shape(height, width, dim, dim // draw.choice([size for size in HEAD_DIMS if dim % size == 0 and size < dim]))
+
+
+def _ran(
+    configuration: Configuration, draw: random.Random, count: int, rounding: Rounding | None = None, padding: int = 0
+) -> Iterator[tuple[Shape, dict[str, Timeline]]]:
+    """Timelines of so many random shapes that the attention takes."""
+    refused, alike = 0, False
+    while count:
+        shape = random_shape(draw, rounding, padding)
+        try:
+            yield shape, (lines := dict(timelines(configuration.case(shape), alike)))
+            count -= 1
+            alike = devices_alike(lines)
+        except InvalidOption:
+            refused += 1
+            if refused > 20:
+                raise
+
+
+def _rounding(runs: Runs) -> Rounding:
+    """The rounding for which monomials explain most storages of the shapes that it pads alike."""
+    best, most = Rounding(), -1.0
+    for rounding in ROUNDINGS:
+        padding = 0 if rounding.up == 1 else 1
+        shapes, lines = _alike(runs, PROBE, rounding, padding)
+        if len(shapes) < 5:
+            continue
+        terms, sizes = table(shapes, rounding), np.array([line.sizes for line in lines], dtype=float).T
+        share = float(np.mean([identify(values, terms, thorough=False) is not None for values in sizes]))
+        if share > most + 1e-9:
+            best, most = rounding, share
+        if share == 1:
+            break
+    return best
+
+
+def _alike(runs: Runs, word: str, rounding: Rounding, padding: int) -> tuple[list[Shape], list[Timeline]]:
+    """The shapes of one padding that run the same operators, as most do, and their timelines."""
+    groups: dict[Any, list[Shape]] = defaultdict(list)
+    for shape, lines in runs.items():
+        if rounding.padding(shape.height, shape.width) == padding:
+            groups[lines[word].lifetimes].append(shape)
+    most = max(groups.values(), key=len, default=[])
+    return most, [runs[shape][word] for shape in most]
+
+
+def _peaks(runs: Runs, word: str, rounding: Rounding, padding: int, draw: random.Random) -> list[list[list[float]]]:
+    """A form for every operator that is the peak at some shape of that padding."""
+    shapes, lines = _alike(runs, word, rounding, padding)
+    if not shapes:
+        return []
+    terms, sizes = table(shapes, rounding), np.array([line.sizes for line in lines], dtype=float).T
+    known: dict[tuple[float, ...], Array] = {}
+    forms = []
+    for values in sizes:
+        key = tuple(values)
+        if key not in known:
+            found = identify(values, terms)
+            known[key] = fit(values, terms) if found is None else found
+        forms.append(known[key])
+    change = np.zeros((lines[0].moments + 1, terms.shape[1]))
+    for factors, (born, died) in zip(forms, lines[0].lifetimes, strict=True):
+        change[born] += factors
+        change[min(died, lines[0].moments)] -= factors
+    alive = np.cumsum(change[:-1], axis=0)
+    # Sums and differences of factors leave what rounding leaves.
+    alive[abs(alive) < 1e-6 * abs(change).max(axis=0)] = 0
+    candidates = [*alive, *(alive[moment] + factors for moment, factors in _scratch(lines, terms))]
+    tried = table([random_shape(draw, rounding, padding) for _ in range(TRIED)], rounding)
+    largest = (tried @ np.array(candidates).T).argmax(axis=1)
+    return [as_form(candidates[place]) for place in sorted(set(map(int, largest)))]
+
+
+def _scratch(lines: Sequence[Timeline], terms: Array) -> Iterator[tuple[int, Array]]:
+    """Moments at which a kernel's scratch may be the peak, and its form."""
+    for moment in sorted({moment for line in lines for moment in line.scratch}):
+        values = np.array([float(line.scratch.get(moment, 0)) for line in lines])
+        found = identify(values, terms, thorough=False) if values.all() else None
+        yield moment, fit(values, terms) if found is None else found
+
+
+def _macs(configuration: Configuration, draw: random.Random, rounding: Rounding) -> tuple[dict[str, Any], float]:
+    """The form of either mode, and the largest error at shapes that were held out; backward alone in the second."""
+    counts = dict(_counts(configuration, draw))
+    shapes = list(counts)
+    fitted, checked = shapes[: COUNTS * 3 // 4], shapes[COUNTS * 3 // 4 :]
+    forms, worst = {}, 0.0
+    for i, mode in enumerate(MODES):
+        values = np.array([float(counts[shape][i]) for shape in fitted])
+        forms[mode] = as_form(fit(values, table(fitted, rounding)))
+        for shape in checked:
+            if counts[shape][i]:
+                worst = max(worst, abs(evaluate([forms[mode]], shape, rounding) / counts[shape][i] - 1))
+    return forms, worst
+
+
+def _counts(configuration: Configuration, draw: random.Random) -> Iterator[tuple[Shape, tuple[int, int]]]:
+    for _ in range(COUNTS):
+        shape = random_shape(draw)
+        try:
+            yield shape, counted(configuration.case(shape))
+        except InvalidOption:
+            continue
+
+
+def _memory(forms: Sequence[Sequence[Any]], rounding: Rounding, shape: Shape) -> float:
+    # Of a padding that has no shapes of its own, such as a rounding of 1.
+    usable = forms[rounding.padding(shape.height, shape.width)] or forms[0] or forms[1]
+    return evaluate(usable, shape, rounding)
