@@ -82,7 +82,7 @@ def write(roots: Sequence[Path]) -> Path:
         # No text in the data may end its element.
         data=Markup(content.replace("<", "\\u003c")),
         style=Markup((HERE / "explorer.css").read_text(encoding="utf-8")),
-        library=Markup(vl_convert.javascript_bundle(snippet="", vl_version=VEGA_LITE).replace("</script", "<\\/script")),
+        library=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE).replace("</script", "<\\/script")),
         script=Markup("\n".join(path.read_text(encoding="utf-8") for path in scripts if path.exists())),
     )
     path = roots[0] / NAME
