@@ -102,9 +102,8 @@ def test_numbers_are_those_of_the_rows(results: Path) -> None:
     columns, known = shown["rows"], shown["configurations"]
     # Models are of the report.
     assert len(columns["device"]) == 2 * 10 + 9
-    row = next(
-        n for n, place in enumerate(columns["configuration"]) if known[place]["name"] == "full" and columns["ms"][n] == 16
-    )
+    names = [known[place]["name"] for place in columns["configuration"]]
+    row = next(number for number, name in enumerate(names) if name == "full" and columns["ms"][number] == 16)
     assert (columns["height"][row], columns["peak"][row], columns["low"][row]) == (56, 8 * 56**4, 14.4)
     assert columns["status"]["values"][columns["status"]["codes"][row]] == "ok"
 
@@ -211,7 +210,10 @@ class Opened:
         self.driver.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0], 30))")
 
     def table(self) -> list[list[str]]:
-        script = "return [...document.querySelectorAll('#ranked tbody tr')].map((r) => [...r.children].map((c) => c.textContent))"
+        script = (
+            "return [...document.querySelectorAll('#ranked tbody tr')].map((row) => "
+            "[...row.children].map((cell) => cell.textContent))"
+        )
         return self.driver.execute_script(script)  # type: ignore[no-any-return]
 
     def text(self, selector: str) -> str:
@@ -272,7 +274,7 @@ def test_the_hash_restores_a_state(opened: Opened) -> None:
     assert (state["height"], state["width"], state["dim"], state["heads"]) == (96, 160, 96, 3)
     assert not state["square"] and state["mode"] == "forward_backward" and state["memory"] == 256
     assert not any(row[1].startswith("window") for row in opened.table())
-    assert opened.text("html head title") and opened.driver.execute_script("return document.documentElement.dataset.theme") == "dark"
+    assert opened.driver.execute_script("return document.documentElement.dataset.theme") == "dark"
     opened.slide("dim", 900)
     opened.until(f"return location.hash.includes('dim=') && !location.hash.includes('dim={state['dim']}&')")
     address, expected = opened.driver.current_url, opened.table()
@@ -330,5 +332,5 @@ def test_controls_have_names_and_states(opened: Opened) -> None:
     opened.until("return state.sort === 'memory'")
     assert opened.driver.execute_script(sorts)[3] == "ascending"
     opened.driver.find_element("css selector", "#legend button[data-family=local]").click()
-    opened.until("return document.querySelector('#legend button[data-family=local]').getAttribute('aria-pressed') === 'false'")
+    opened.until("return document.querySelector('#legend [data-family=local]').ariaPressed === 'false'")
     assert not any(row[1].startswith("window") for row in opened.table())
