@@ -48,7 +48,7 @@ const configOf = () => ({
   view: { stroke: null },
   axis: { labelColor: INK(), titleColor: INK(), gridColor: dark() ? "#2b323a" : "#e6e9ed", domainColor: FAINT(), tickColor: FAINT(),
     labelFontSize: 11.5, titleFontSize: 12, titleFontWeight: 500 },
-  legend: { labelColor: INK(), titleColor: INK(), labelFontSize: 11.5, labelLimit: 240 },
+  legend: { labelColor: INK(), titleColor: INK(), labelFontSize: 11.5, labelLimit: 240, symbolBaseFillColor: INK(), symbolBaseStrokeColor: INK() },
   text: { fontSize: 11.5 },
 });
 

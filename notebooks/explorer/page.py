@@ -68,6 +68,7 @@ def write(roots: Sequence[Path]) -> Path:
     import vl_convert
 
     shown = data(roots)
+    library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     content = json.dumps(shown, separators=(",", ":"), ensure_ascii=False)
     scripts = [FORMS, *(HERE / name for name in SCRIPTS)]
     jinja = Environment(
@@ -82,7 +83,7 @@ def write(roots: Sequence[Path]) -> Path:
         # No text in the data may end its element.
         data=Markup(content.replace("<", "\\u003c")),
         style=Markup((HERE / "explorer.css").read_text(encoding="utf-8")),
-        library=Markup(vl_convert.javascript_bundle(vl_version=VEGA_LITE).replace("</script", "<\\/script")),
+        library=Markup(library.replace("</script", "<\\/script")),
         script=Markup("\n".join(path.read_text(encoding="utf-8") for path in scripts if path.exists())),
     )
     path = roots[0] / NAME
@@ -92,7 +93,8 @@ def write(roots: Sequence[Path]) -> Path:
 
 def data(roots: Sequence[Path]) -> dict[str, Any]:
     """All that the page shows, as JSON: devices, configurations, rows by column, predictions, colours and marks."""
-    devices, tables, capability, left_out = [], [], [], []
+    devices: list[dict[str, Any]] = []
+    tables, capability, left_out = [], [], []
     for folder in _folders(roots):
         files = sorted(path for path in folder.glob("*.csv") if path.name not in NOT_ROWS)
         try:

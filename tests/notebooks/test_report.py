@@ -110,6 +110,13 @@ def test_cells_are_counted_by_status(device: Path, report_page: Page) -> None:
     assert line == ["resolution.csv", *counts]
 
 
+def test_the_explorer_is_linked_where_it_is(tmp_path: Path) -> None:
+    at = folder(tmp_path / "device", [cell("topk", "bra", "forward", 56, 2**20, 1.0, n_win="7", topk=1)])
+    assert "../explorer.html" not in Page(report.write(at).read_text()).all("a", "href")
+    (tmp_path / "explorer.html").write_text("")
+    assert "../explorer.html" in Page(report.write(at).read_text()).all("a", "href")
+
+
 @pytest.mark.slow
 def test_the_page_is_the_same_every_time(device: Path) -> None:
     before = (device / "report.html").read_bytes()
