@@ -99,8 +99,11 @@ def identify(values: Array, terms: Array, thorough: bool = True) -> Array | None
     factors = np.zeros(terms.shape[1])
     if not values.any():
         return factors
-    ratios = values[:, None] / terms
-    for place in np.flatnonzero(abs(ratios / ratios.mean(axis=0) - 1).max(axis=0) < EXACT):
+    # A monomial that is 0 at some shape, as of a small grid rounded down, has no ratio there.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = values[:, None] / terms
+        spread = abs(ratios / ratios.mean(axis=0) - 1).max(axis=0)
+    for place in np.flatnonzero(spread < EXACT):
         factors[place] = ratios[0, place]
         return factors
     for channel in range(len(CHANNEL)):

@@ -16,16 +16,15 @@ from markupsafe import Markup
 
 from notebooks.explorer.colours import marks
 from notebooks.explorer.configurations import Configurations, usual_options
+from notebooks.explorer.predictions import NAME as PREDICTIONS
+from notebooks.explorer.predictions import load as load_predictions
 from profiling.schema.replicates import aggregate_replicates
 from profiling.schema.row import SchemaError
 from profiling.schema.row import load as load_rows
 
 NAME = "explorer.html"
 HERE = Path(__file__).parent
-FORMS = HERE / "forms.js"
-"""Defines ``evaluateForm``, which computes a prediction at a shape."""
-SCRIPTS = ("state.js", "data.js", "ranking.js", "table.js", "specs.js", "views.js", "charts.js", "main.js")
-PREDICTIONS = "predictions.json"
+SCRIPTS = ("state.js", "forms.js", "data.js", "ranking.js", "table.js", "specs.js", "views.js", "charts.js", "main.js")
 CAPABILITY = "capability.csv"
 NOT_ROWS = ("peaks.csv", CAPABILITY)
 VEGA_LITE = "6.4"
@@ -70,13 +69,16 @@ def write(roots: Sequence[Path]) -> Path:
     shown = data(roots)
     library = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", VEGA_LITE)
     content = json.dumps(shown, separators=(",", ":"), ensure_ascii=False)
-    scripts = [FORMS, *(HERE / name for name in SCRIPTS)]
+    scripts = [HERE / name for name in SCRIPTS]
     jinja = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = jinja.get_template("explorer.html.jinja").render(
-        reports=[(device["folder"], device["name"]) for device in shown["devices"]
-                 if (roots[0] / device["folder"] / "report.html").exists()],
+        reports=[
+            (device["folder"], device["name"])
+            for device in shown["devices"]
+            if (roots[0] / device["folder"] / "report.html").exists()
+        ],
         left_out=shown["leftOut"],
         predictions=shown["predictions"] is not None,
         accuracy=_accuracy(shown["predictions"]),
@@ -84,7 +86,7 @@ def write(roots: Sequence[Path]) -> Path:
         data=Markup(content.replace("<", "\\u003c")),
         style=Markup((HERE / "explorer.css").read_text(encoding="utf-8")),
         library=Markup(library.replace("</script", "<\\/script")),
-        script=Markup("\n".join(path.read_text(encoding="utf-8") for path in scripts if path.exists())),
+        script=Markup("\n".join(path.read_text(encoding="utf-8") for path in scripts)),
     )
     path = roots[0] / NAME
     path.write_text(html, encoding="utf-8")
@@ -114,12 +116,12 @@ def data(roots: Sequence[Path]) -> dict[str, Any]:
         raise FileNotFoundError(f"{roots[0]} holds no results of any device{why}; `python run_all.py` makes them")
     _name_runs(devices)
     rows = pd.concat(tables, ignore_index=True)
-    predictions = next((json.loads(path.read_text()) for root in roots if (path := root / PREDICTIONS).exists()), None)
-    if not FORMS.exists():
-        predictions = None
-    elif predictions is not None and not {"range", "candidates"} <= set(predictions):
-        left_out.append(f"{PREDICTIONS} is of another form; `python -m ablations lattice` makes it anew")
-        predictions = None
+    predictions = None
+    for path in [path for root in roots if (path := root / PREDICTIONS).exists()][:1]:
+        try:
+            predictions = load_predictions(path)
+        except ValueError as problem:
+            left_out.append(f"{PREDICTIONS}: {problem}; `python -m ablations lattice --fresh` makes it anew")
     known = Configurations(usual_options(rows))
     for number, candidate in enumerate(predictions["candidates"] if predictions else ()):
         known.of_prediction(number, candidate)

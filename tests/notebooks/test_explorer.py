@@ -22,33 +22,27 @@ MISSING = [name for name in ("vl_convert", "selenium") if importlib.util.find_sp
 MISSING += [name for name, found in (("chromium", CHROMIUM), ("chromedriver", DRIVER)) if found is None]
 needs_library = pytest.mark.skipif("vl_convert" in MISSING, reason="vl-convert-python is not installed")
 
-# A private pair of predictions and their evaluation: a sum of products of powers.
-FORMS = """
-function evaluateForm(form, { height, width, dim, heads }) {
-  if (dim % heads) return null;
-  return form.terms.reduce((sum, [c, h, w, d, n]) => sum + c * height ** h * width ** w * dim ** d * heads ** n, 0);
-}
-"""
-WINDOW = {"terms": [[64, 1, 1, 1, 0]]}
-FULL = {"terms": [[4, 2, 2, 0, 1]]}
+WINDOW, FULL = [[64, 1, 1]], [[4, 2, 2]]
+"""64 bytes times tokens and channels; 4 times the square of tokens, and heads."""
 SETTINGS = ("cpu fp32 forward", "cpu fp32 forward_backward", "cuda bf16 forward")
 
 
-def candidate(attention: str, form: Any, impl: str = "reference", **options: Any) -> dict[str, Any]:
-    modes = ("forward", "forward_backward")
+def entry(attention: str, form: Any, impl: str = "reference", **options: Any) -> dict[str, Any]:
     return {
-        "attention": attention, "options": options, "impl": impl,
-        "memory": {setting: form for setting in SETTINGS}, "macs": {mode: form for mode in modes},
+        "name": attention, "options": options, "impl": impl, "rounding": [1, 1, 0],
+        "memory": {setting: [[form], [], []] for setting in SETTINGS},
+        "macs": {"forward": form, "forward_backward": form}, "error": {"macs": 0.001, SETTINGS[0]: 0.013},
     }  # fmt: skip
 
 
 PREDICTIONS = {
-    "range": {"side": [14, 1024], "dim": [16, 512], "heads": [1, 16]},
-    "error": {"memory": 0.013, "macs": 0.001},
-    "candidates": [
-        candidate("window", WINDOW), candidate("window", WINDOW, "sdpa", window_size=14), candidate("full", FULL),
-        candidate("bra", WINDOW, auto_pad=True, side_dwconv=5),
-        candidate("bra", WINDOW, auto_pad=True, side_dwconv=5, n_win="auto"),
+    "sides": [14, 1024], "dims": [16, 512], "head_dims": [16, 32],
+    "spatial": ["1", "HW", "HHWW"], "channel": ["1", "d", "h"],
+    "configurations": [
+        entry("window", WINDOW), entry("window", WINDOW, "sdpa", window_size=14), entry("full", FULL),
+        entry("bra", WINDOW, auto_pad=True, side_dwconv=5),
+        entry("bra", WINDOW, auto_pad=True, side_dwconv=5, n_win="auto"),
+        {"name": "axial", "impl": "sdpa", "options": {}, "failed": "no form"},
     ],
 }  # fmt: skip
 
@@ -66,19 +60,15 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two devices with predictions, and their page."""
     root = tmp_path_factory.mktemp("results")
     folder(root / "first", list(rows()))
     folder(root / "second", [row | {"device_name": "Second"} for row in rows() if row["sweep"] == "resolution"])
     (root / "predictions.json").write_text(json.dumps(PREDICTIONS))
-    forms = root / "forms.js"
-    forms.write_text(FORMS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(explorer, "FORMS", forms)
-        if "vl_convert" not in MISSING:
-            assert explorer.write([root]) == root / "explorer.html"
-        yield root
+    if "vl_convert" not in MISSING:
+        assert explorer.write([root]) == root / "explorer.html"
+    return root
 
 
 def by_title(shown: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -269,7 +259,9 @@ def test_a_slider_changes_the_table_and_the_source_of_its_numbers(opened: Opened
 
 @pytest.mark.browser
 def test_the_hash_restores_a_state(opened: Opened) -> None:
-    opened.open("view=latency&height=96&width=160&dim=96&heads=3&mode=forward_backward&memory=256&off=local&all=1&theme=dark")
+    opened.open(
+        "view=latency&height=96&width=160&dim=96&heads=3&mode=forward_backward&memory=256&off=local&all=1&theme=dark"
+    )
     state = opened.driver.execute_script("return { ...state }")
     assert (state["height"], state["width"], state["dim"], state["heads"]) == (96, 160, 96, 3)
     assert not state["square"] and state["mode"] == "forward_backward" and state["memory"] == 256
@@ -334,3 +326,25 @@ def test_controls_have_names_and_states(opened: Opened) -> None:
     opened.driver.find_element("css selector", "#legend button[data-family=local]").click()
     opened.until("return document.querySelector('#legend [data-family=local]').ariaPressed === 'false'")
     assert not any(row[1].startswith("window") for row in opened.table())
+
+
+@pytest.mark.browser
+def test_the_browser_evaluates_forms_as_the_suite_does(browser: Any, tmp_path: Path) -> None:
+    from ablations.analysis import lattice
+
+    shutil.copy(ROOT / "results" / "predictions.json", tmp_path)
+    folder(tmp_path / "device", list(rows()))
+    explorer.write([tmp_path])
+    opened = Opened(browser, tmp_path)
+    opened.open()
+    entries = [entry for entry in json.loads((tmp_path / "predictions.json").read_text())["configurations"]
+               if "failed" not in entry]  # fmt: skip
+    draw = random.Random(3)
+    for number, entry in enumerate(entries):
+        shape = lattice.random_shape(draw)
+        at = {"height": shape.height, "width": shape.width, "dim": shape.dim, "heads": shape.heads}
+        script = "const one = DATA.predictions.candidates[arguments[0]]; return evaluateForm(one.memory[arguments[1]], arguments[2])"
+        for word in entry["memory"]:
+            shown = opened.driver.execute_script(script, number, word, at)
+            assert shown == pytest.approx(lattice.memory(entry, word, shape), rel=1e-12)
+    assert opened.driver.execute_script(script, 0, next(iter(entries[0]["memory"])), at | {"heads": 7}) is None
