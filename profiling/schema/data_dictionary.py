@@ -67,5 +67,11 @@ TRAINED = """
 
 """
 
+
+def page() -> str:
+    """The whole page."""
+    return README + dictionary() + TRAINED + dictionary(CAPABILITY)
+
+
 if __name__ == "__main__":
-    print(README + dictionary() + TRAINED + dictionary(CAPABILITY), end="")
+    print(page(), end="")

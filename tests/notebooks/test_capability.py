@@ -115,6 +115,8 @@ def test_figures_of_cost_and_topk_show_every_point() -> None:
 
 def test_without_costs_there_is_no_figure_and_the_command_is_named() -> None:
     rows = Results(validate([]), validate_trained(list(trained())))
+    _, (fig,) = shown(capability_costs.topk, rows)
+    assert [ax.get_visible() for ax in fig.axes] == [True, False]
     text, figures = shown(capability_costs.pareto, rows)
     assert not figures and "`python run_all.py --only resolution` makes them." in text
 
