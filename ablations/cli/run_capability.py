@@ -55,9 +55,7 @@ def dry_run(launcher: CapabilityLauncher, sweeps: Sweeps, as_json: bool) -> int:
     """Show every training with its parameters and the predicted memory of a step."""
     planned = {name: list(launcher.plan(sweep)) for name, sweep in sweeps.items()}
     if as_json:
-        cells = [
-            {"sweep": name, "cell": str(trial)} | row for name, rows in planned.items() for trial, row in rows
-        ]
+        cells = [{"sweep": name, "cell": str(trial)} | row for name, rows in planned.items() for trial, row in rows]
         print(json.dumps({"device_name": launcher.facts["device_name"], "cells": cells}, indent=2))
         return 0
     console = Console()
