@@ -116,6 +116,8 @@ def topk(results: Results) -> Figure | None:
         bars = [100 * (part["accuracy"] - part["low"]), 100 * (part["high"] - part["accuracy"])]
         axes[0].errorbar(part["topk"].astype(float), 100 * part["accuracy"], yerr=bars, color=colour, marker="D",
                          label=task, capsize=3)  # fmt: skip
+        seeds = results.sweep("capability_bra").merge(part[["task", "options", "topk", "n_win"]])
+        axes[0].plot(seeds["topk"].astype(float), 100 * seeds["accuracy"], ".", color=colour, alpha=0.6)
         axes[0].axhline(100 * part["chance"].iloc[0], color=colour, linestyle=":", linewidth=1, zorder=1)
     axes[0].set(title="What it buys", ylabel="accuracy, %", ylim=(0, 104))
     axes[0].legend(loc="lower right", frameon=True, facecolor="white", edgecolor="none", framealpha=0.9)
@@ -128,7 +130,8 @@ def topk(results: Results) -> Figure | None:
     fig.suptitle("BRA: accuracy and cost with topk", x=0.01, ha="left", weight="bold", fontsize=14)
     grid = int(result["height"].iloc[0])
     note = (
-        f"Left: a network of two blocks at {grid} x {grid} tokens, n_win 7; mean and range over seeds; dotted: chance."
+        f"Left: a network of two blocks at {grid} x {grid} tokens, n_win 7; mean and range over seeds, dots: each; "
+        "dotted: chance."
     )
     if side is not None:
         note += f"\nRight: one layer at {side} x {side} tokens, n_win 7, {MODES[MODE]}, of the topk sweep."
