@@ -44,7 +44,8 @@ def markdown(results: Path) -> str:
         f"{first['num_heads']} heads, {first['dtype']}: MACs of the forward pass, and peak memory of a training step, "
         f'predicted for `impl="{IMPL}"` on {first["device_name"]}. In a family, least memory first. '
         f"Learns: accuracy in % at {', '.join(abilities.HEADLINE)}, mean over seeds, of two blocks at 14 x 14 tokens "
-        "with default options (the capability sweep)."
+        "with default options (the capability sweep); notebooks/capability.ipynb says which of these count, and how "
+        "far seeds differ."
     )
     return "\n".join([*lines, "", *textwrap.wrap(note, 110, break_on_hyphens=False), ""])
 

@@ -73,9 +73,16 @@ class CapabilityLauncher:
 
     def plan(self, sweep: CapabilitySweep) -> Iterator[tuple[Trial, Row]]:
         """Yield every trial of a sweep with what is counted of it; nothing is trained or written."""
-        known: dict[Trial, Row] = {}
-        for trial in sweep.trials(self.settings.device, self.settings.smoke):
-            yield trial, self._counted(trial, sweep.timeout, known)
+        trials = sweep.trials(self.settings.device, self.settings.smoke)
+        different = list(dict.fromkeys(trial.same_cost() for trial in trials))
+        jobs = [Job(trial, self.settings.plugins, THREADS) for trial in different]
+        outcomes = subprocess_runner.call_each(count, jobs, environment=self.devices[0].variables)
+        known = {
+            trial: outcome.value or {"status": outcome.status, "reason": outcome.reason}
+            for trial, outcome in zip(different, outcomes, strict=True)
+        }
+        for trial in trials:
+            yield trial, known[trial.same_cost()]
 
     def _unfinished(self, sweeps: dict[str, CapabilitySweep]) -> list[Cell]:
         stores = {name: Store(self.folder / f"{name}.csv", CAPABILITY) for name in sweeps}

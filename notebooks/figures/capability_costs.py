@@ -117,9 +117,11 @@ def topk(results: Results) -> Figure | None:
         bars = [100 * (part["accuracy"] - part["low"]), 100 * (part["high"] - part["accuracy"])]
         axes[0].errorbar(part["topk"].astype(float), 100 * part["accuracy"], yerr=bars, color=colour, marker="D",
                          label=task, capsize=3)  # fmt: skip
+        seeds = results.sweep("capability_bra").merge(part[["task", "options", "topk", "n_win"]])
+        axes[0].plot(seeds["topk"].astype(float), 100 * seeds["accuracy"], ".", color=colour, alpha=0.6)
         axes[0].axhline(100 * part["chance"].iloc[0], color=colour, linestyle=":", linewidth=1, zorder=1)
     axes[0].set(title="What it buys", ylabel="accuracy, %", ylim=(0, 104))
-    axes[0].legend(loc="lower right")
+    axes[0].legend(loc="lower right", frameon=True, facecolor="white", edgecolor="none", framealpha=0.9)
     side = _cost_panel(axes[1], results)
     for ax in axes:
         ax.set(xscale="log", xlabel="topk (routed regions of 49)")
@@ -129,26 +131,30 @@ def topk(results: Results) -> Figure | None:
     fig.suptitle("BRA: accuracy and cost with topk", x=0.01, ha="left", weight="bold", fontsize=14)
     grid = int(result["height"].iloc[0])
     note = (
-        f"Left: a network of two blocks at {grid} x {grid} tokens, n_win 7; mean and range over seeds; dotted: chance."
-        f"\nRight: one layer at {side} x {side} tokens, n_win 7, {MODES[MODE]}, of the topk sweep."
+        f"Left: a network of two blocks at {grid} x {grid} tokens, n_win 7; mean and range over seeds, dots: each; "
+        "dotted: chance."
     )
+    if side is not None:
+        note += f"\nRight: one layer at {side} x {side} tokens, n_win 7, {MODES[MODE]}, of the topk sweep."
     fig.supxlabel(note, x=0.01, ha="left", fontsize=9, color=FAINT)
     return save(fig, "capability_topk")
 
 
-def _cost_panel(ax: Axes, results: Results) -> int:
-    """Latency and memory against topk, as multiples of those at the least topk; returns the tokens per side."""
+def _cost_panel(ax: Axes, results: Results) -> int | None:
+    """Latency and memory against topk; returns the tokens per side, None if there are no rows."""
     rows = usual(without_more(results.sweep("topk")), SETTING)
     rows = rows[(rows["n_win"] == "7") & (rows["mode"] == MODE) & (rows["status"] == "ok")].sort_values("topk")
-    for column, words, colour, unit in (
-        ("latency_p50_ms", "latency, ms", "#0072B2", 1.0), ("memory_peak_bytes", "memory, MiB", "#D55E00", MIB)
+    if rows.empty:
+        ax.set_visible(False)
+        return None
+    for column, words, dash, unit in (
+        ("latency_p50_ms", "latency, ms", "o-", 1.0), ("memory_peak_bytes", "memory, MiB", "s--", MIB)
     ):  # fmt: skip
-        values = rows[column].astype(float) / unit
-        ax.plot(rows["topk"].astype(float), values, color=colour, marker="o", label=words)
+        ax.plot(rows["topk"].astype(float), rows[column].astype(float) / unit, dash, color=INK, label=words)
     ax.set(title="What it costs", ylabel="latency, ms; memory, MiB", yscale="log")
     log_ticks(ax.yaxis)
     ax.legend(loc="upper left")
-    return int(rows["height"].iloc[0]) if len(rows) else 0
+    return int(rows["height"].iloc[0])
 
 
 def findings(results: Results) -> list[str]:

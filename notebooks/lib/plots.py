@@ -103,8 +103,12 @@ class Results:
         return rows[rows["sweep"] == name]
 
 
-def load() -> Results:
-    """Read the results of one device, ATTENTION_DEVICE or else the one with most sweeps; show its name."""
+def load(having: str = "") -> Results:
+    """Read the results of one device, ATTENTION_DEVICE or else the one with most sweeps; show its name.
+
+    Args:
+        having: a sweep that the device must have, if any has it and ATTENTION_DEVICE does not choose.
+    """
     files: dict[str, list[Path]] = {}
     root = ROOT / os.environ.get("ATTENTION_RESULTS", "results")
     for path in sorted(root.glob("*/*.csv")):
@@ -119,7 +123,8 @@ def load() -> Results:
     if not tables:
         say("There are no results of any device here.")
         return Results(load_rows())
-    chosen = os.environ.get("ATTENTION_DEVICE") or _preferred(tables)
+    able = {folder: rows for folder, rows in tables.items() if (root / folder / f"{having}.csv").exists()}
+    chosen = os.environ.get("ATTENTION_DEVICE") or _preferred(able or tables)
     if chosen not in tables:
         raise ValueError(f"ATTENTION_DEVICE={chosen!r} has no results; valid: {', '.join(tables)}")
     _loaded[:] = [root / chosen]

@@ -129,6 +129,7 @@ def transfer(results: Results) -> None:
 def options(results: Results) -> None:
     """Table: BRA with each routing option."""
     result = settings(results, "capability_bra")
+    result = result.sort_values("topk", kind="stable")
     result = result.assign(options=result["options"].fillna("topk=4, as by default"))
     wide = {
         f"{task}, %": result[result["task"] == task].set_index("options").apply(_with_range, axis=1)

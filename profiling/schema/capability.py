@@ -38,7 +38,7 @@ class CapabilityRow(pa.DataFrameModel):
     width: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Tokens per row.")
     dim: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Channels of the network.")
     num_heads: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Heads of every attention.")
-    depth: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Blocks.")
+    depth: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Blocks of the network.")
     batch: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Images per step.")
     steps: Series[pd.Int64Dtype] = pa.Field(ge=1, description="Training steps, each on new images.")
     optimiser: Series[str] = pa.Field(description="Optimiser and schedule.")

@@ -1,5 +1,6 @@
 """Capability sweeps: their trials, the network, and trainings through the runner: rows, failures, resuming."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,12 @@ def test_list_names_them_and_says_so(capsys: pytest.CaptureFixture[str]) -> None
 def test_slurm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_all.main(["--only", "capability", "--launcher", "slurm", "--device", "cpu"]) == 2
     assert "valid: --launcher local" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--only", "capability", "--smoke", "--dry-run", "--json", "--device", "cpu", "--results", str(tmp_path)]
+    assert run_all.main(words) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [cell["cell"] for cell in cells][:2] == ["recall full seed 0", "texture full seed 0"] and len(cells) == 4
+    assert all(cell["memory_predicted_bytes"] > 0 and cell["params"] > 0 for cell in cells)
+    assert not list(tmp_path.rglob("*.csv"))

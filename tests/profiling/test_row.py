@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 
 from profiling.cases.case import Case
 from profiling.schema import data_dictionary
-from profiling.schema.row import COLUMNS, KEY, MEASURED, STATUSES, SchemaError, agree, as_text, load, validate
+from profiling.schema.capability import CAPABILITY
+from profiling.schema.row import (
+    COLUMNS,
+    KEY,
+    MEASURED,
+    STATUSES,
+    SchemaError,
+    agree,
+    as_text,
+    holds_costs,
+    load,
+    validate,
+)
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 CASE = Case("bra", 14, 28, options=(("n_win", 7), ("topk", 4)))
@@ -272,13 +284,15 @@ def test_the_key_of_a_case_is_the_key_of_its_row(tmp_path: Path, name: str) -> N
 
 
 def test_the_data_dictionary_is_generated_from_the_schema() -> None:
-    assert (RESULTS / "README.md").read_text() == data_dictionary.README + data_dictionary.dictionary()
+    assert (RESULTS / "README.md").read_text() == data_dictionary.page()
 
 
 def test_every_column_is_explained_in_a_sentence() -> None:
     lines = data_dictionary.dictionary().splitlines()[2:]
     assert [line.split("`")[1] for line in lines] == list(COLUMNS)
-    for line in lines:
+    trained = data_dictionary.dictionary(CAPABILITY).splitlines()[2:]
+    assert [line.split("`")[1] for line in trained] == list(CAPABILITY.columns)
+    for line in lines + trained:
         meaning = line.split(" | ")[2].removesuffix(" |")
         assert len(meaning) > 8 and meaning.endswith("."), line
 
@@ -286,6 +300,11 @@ def test_every_column_is_explained_in_a_sentence() -> None:
 def test_committed_results_are_of_this_schema() -> None:
     files = [path for path in RESULTS.glob("*/*.csv") if path.parent.name not in ("tables", "figures")]
     sweeps = [path for path in files if path.name != "peaks.csv"]
+    trained = [path for path in sweeps if not holds_costs(path)]
+    sweeps = [path for path in sweeps if holds_costs(path)]
+    for path in trained:
+        table = CAPABILITY.load(path)
+        assert not table.duplicated(list(CAPABILITY.key)).any() and set(table["sweep"]) == {path.stem}, path
     for path in sweeps:
         table = load(path)
         assert not table.duplicated(list(KEY)).any(), path

@@ -1,6 +1,7 @@
 """Figures, tables and findings of the capability sweeps, from rows made by hand."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -115,6 +116,8 @@ def test_figures_of_cost_and_topk_show_every_point() -> None:
 
 def test_without_costs_there_is_no_figure_and_the_command_is_named() -> None:
     rows = Results(validate([]), validate_trained(list(trained())))
+    _, (fig,) = shown(capability_costs.topk, rows)
+    assert [ax.get_visible() for ax in fig.axes] == [True, False]
     text, figures = shown(capability_costs.pareto, rows)
     assert not figures and "`python run_all.py --only resolution` makes them." in text
 
@@ -136,3 +139,18 @@ def test_findings_name_who_solves_and_who_is_at_chance() -> None:
         s.startswith("recall: after full the best are bra 78 %") and "at chance: pseudo_conv." in s for s in sentences
     )
     assert any("Range over three seeds: median 0 points, largest 4 (bra, recall)." in s for s in sentences)
+
+
+def test_the_device_with_trainings_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, rows in (("many", [*costs(), *ablations()]), ("trained", list(costs()))):
+        (tmp_path / folder).mkdir()
+        for sweep, part in validate(rows).groupby("sweep"):
+            part.to_csv(tmp_path / folder / f"{sweep}.csv", index=False)
+    validate_trained(list(trained())).query("sweep == 'capability'").to_csv(
+        tmp_path / "trained" / "capability.csv", index=False
+    )
+    monkeypatch.setenv("ATTENTION_RESULTS", str(tmp_path))
+    monkeypatch.delenv("ATTENTION_DEVICE", raising=False)
+    with plots.kept() as said:
+        assert plots.load().trained.empty and len(plots.load("capability").trained) == 36
+    assert ["folder `many`" in str(text) for text in said] == [True, False]
