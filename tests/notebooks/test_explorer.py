@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -343,7 +344,10 @@ def test_the_browser_evaluates_forms_as_the_suite_does(browser: Any, tmp_path: P
     for number, entry in enumerate(entries):
         shape = lattice.random_shape(draw)
         at = {"height": shape.height, "width": shape.width, "dim": shape.dim, "heads": shape.heads}
-        script = "const one = DATA.predictions.candidates[arguments[0]]; return evaluateForm(one.memory[arguments[1]], arguments[2])"
+        script = (
+            "const one = DATA.predictions.candidates[arguments[0]];"
+            "return evaluateForm(one.memory[arguments[1]], arguments[2])"
+        )
         for word in entry["memory"]:
             shown = opened.driver.execute_script(script, number, word, at)
             assert shown == pytest.approx(lattice.memory(entry, word, shape), rel=1e-12)
