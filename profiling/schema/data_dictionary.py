@@ -49,7 +49,7 @@ kernels work on copies that no rule covers.
   In 17 of 1,361 timed rows the 95 % interval of the median
   became narrower than 2 % (`latency_stop` is `converged`); in the others the time limit ended sampling. Ratios within
   a sweep are usable, single latencies are not. `capability`, `capability_bra` and `capability_pilot` were trained
-  here; the pilot with fewer steps of `recall` (500, now 800), `count` (600, now 900) and `offset` (700, now 1000).
+  here; the pilot with fewer steps of `recall` (500, now 1200), `count` (600, now 900) and `offset` (700, now 1000).
   At `recall` some trainings leave the plateau late or not at all, full attention with seed 2 among them (86 %): a
   mean there says little before trainings are longer.
 - `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;

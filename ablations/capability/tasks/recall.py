@@ -39,6 +39,6 @@ TASK = Task(
     channels=KEYS + VALUES,
     classes=VALUES,
     levels={"easy": {"pairs": 2}, "medium": {"pairs": 4}, "hard": {"pairs": 8, "distance": 4}},
-    steps=800,
+    steps=1200,
     citation="Arora et al., Zoology, ICLR 2024 (multi-query associative recall)",
 )
