@@ -20,7 +20,7 @@ CHANNEL = ("1", "d", "h", "dd", "dd/h")
 """Products of channels d and heads h."""
 EXACT = 1e-9
 """Relative error up to which a form is the size itself."""
-PADDING = ("nothing", "width", "height only")
+PADDING = ("nothing", "width", "height", "both")
 """Padded grids have forms of their own: padding and cropping copy, but to crop rows at the end is a view."""
 SUMS = tuple(
     tuple(map(SPATIAL.index, names))
@@ -45,13 +45,13 @@ class Rounding:
 
     def padding(self, height: int, width: int) -> int:
         """Index into :data:`PADDING`: what rounding up changes."""
-        return 1 if width % self.up else 2 * bool(height % self.up)
+        return bool(width % self.up) + 2 * bool(height % self.up)
 
 
 ROUNDINGS = (
     Rounding(),
     *(Rounding(up) for up in (7, 8, 14, 16, 2, 4, 32, 28, 56)),
-    *(Rounding(1, coarse, down=True) for coarse in (2, 4, 7, 8, 16)),
+    *(Rounding(1, coarse, down) for down in (True, False) for coarse in (2, 4, 7, 8, 16)),
     *(Rounding(up, coarse, down) for up, coarse in ((7, 14), (7, 28), (8, 16), (16, 32)) for down in (False, True)),
 )
 """Tried in this order; the first that explains every storage is taken."""

@@ -105,7 +105,7 @@ def analyze(configuration: Configuration) -> dict[str, Any]:
     runs = dict(_ran(configuration, draw, SAMPLES + 2))
     rounding = _rounding(runs)
     if rounding.up > 1:
-        for padding in (0, 2, 1):
+        for padding in range(len(PADDING)):
             have = sum(rounding.padding(shape.height, shape.width) == padding for shape in runs)
             runs |= dict(_ran(configuration, draw, max(0, SAMPLES - have), rounding, padding))
     held_out = dict(_ran(configuration, draw, HELD_OUT))
@@ -121,7 +121,8 @@ def analyze(configuration: Configuration) -> dict[str, Any]:
         "rounding": [rounding.up, rounding.coarse, int(rounding.down)],
         "macs": macs if macs_error <= WORST else {},
         "memory": {word: memory[word] for word in exact},
-        "error": {word: float(f"{errors[word]:.2g}") for word in exact} | {"macs": float(f"{macs_error:.2g}")},
+        "error": {word: float(f"{errors[word]:.2g}") for word in exact}
+        | ({"macs": float(f"{macs_error:.2g}")} if macs_error <= WORST else {}),
         "left_out": sorted({*errors} - {*exact}) + ["macs"] * int(macs_error > WORST),
     }
 
@@ -144,8 +145,8 @@ def random_shape(draw: random.Random, rounding: Rounding | None = None, padding:
         height, width = (round(low * (high / low) ** draw.random()) for _ in range(2))
         if rounding:
             height, width = (-(-side // rounding.up) * rounding.up for side in (height, width))
-            height -= draw.randrange(1, rounding.up) if padding == 2 else 0
-            width -= draw.randrange(1, rounding.up) if padding == 1 else 0
+            width -= draw.randrange(1, rounding.up) if padding in (1, 3) else 0
+            height -= draw.randrange(1, rounding.up) if padding in (2, 3) else 0
         if min(height, width) >= low:
             break
     dim = draw.choice(DIMS)
@@ -174,7 +175,7 @@ def _rounding(runs: Runs) -> Rounding:
     """The rounding for which monomials explain most storages of the shapes that it pads alike."""
     best, most = Rounding(), -1.0
     for rounding in ROUNDINGS:
-        padding = 0 if rounding.up == 1 else 1
+        padding = 0 if rounding.up == 1 else 3
         shapes, lines = _alike(runs, PROBE, rounding, padding)
         if len(shapes) < 5:
             continue
@@ -258,5 +259,5 @@ def _counts(configuration: Configuration, draw: random.Random) -> Iterator[tuple
 
 def _memory(forms: Sequence[Sequence[Any]], rounding: Rounding, shape: Shape) -> float:
     # Of a padding that has no shapes of its own, such as a rounding of 1.
-    usable = forms[rounding.padding(shape.height, shape.width)] or forms[0] or forms[1]
+    usable = forms[rounding.padding(shape.height, shape.width)] or forms[0] or forms[3]
     return evaluate(usable, shape, rounding)

@@ -73,13 +73,12 @@ def _entries(todo: list[Configuration], processes: int) -> Iterator[dict[str, An
 
 
 def _head(one: Configuration) -> dict[str, Any]:
-    return {"name": one.name, "impl": one.impl, "options": dict(one.options)}
+    return {"name": one.name, "impl": one.impl, "options": one.changed()}
 
 
 def _urgency(one: Configuration) -> tuple[int, bool]:
-    usual = dict(one.options)
-    changed = (usual.get("topk", 4), usual.get("n_win", 7), usual.get("kv_downsample_mode", "identity"))
-    return int(one.name == "bra" and changed != (4, 7, "identity")), one.impl != "reference"
+    changed = set(one.changed()) & {"topk", "n_win", "kv_downsample_mode"}
+    return int(one.name == "bra" and bool(changed)), one.impl != "reference"
 
 
 def _key(one: dict[str, Any]) -> str:

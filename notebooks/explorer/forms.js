@@ -2,8 +2,8 @@
 // Predictions as closed forms: sums of monomials in grid, channels and heads, with grids rounded as they are padded.
 // The same as ablations/analysis/closed_form.py.
 
-// Padding decides which operators copy: of nothing, of the width, or of the height only.
-const paddingOf = (up, at) => (at.width % up ? 1 : at.height % up ? 2 : 0);
+// Padding decides which operators copy: of nothing, of the width, of the height, or of both.
+const paddingOf = (up, at) => (at.width % up ? 1 : 0) + (at.height % up ? 2 : 0);
 
 function spatialTerms([up, coarse, down], at) {
   const rounded = (side) => {
@@ -20,7 +20,7 @@ function spatialTerms([up, coarse, down], at) {
 function evaluateForm([rounding, byPadding], at) {
   if (at.dim % at.heads || at.heads < 2 || (at.batch ?? 1) !== 1) return null;
   const own = byPadding[paddingOf(rounding[0], at)];
-  const forms = own.length ? own : byPadding[0].length ? byPadding[0] : byPadding[1];
+  const forms = own.length ? own : byPadding[0].length ? byPadding[0] : byPadding[3];
   const spatial = spatialTerms(rounding, at);
   const channel = [1, at.dim, at.heads, at.dim * at.dim, (at.dim * at.dim) / at.heads];
   const sum = (form) => form.reduce((total, [factor, s, c]) => total + factor * spatial[s] * channel[c], 0);

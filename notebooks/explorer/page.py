@@ -18,15 +18,16 @@ from notebooks.explorer.colours import marks
 from notebooks.explorer.configurations import Configurations, usual_options
 from notebooks.explorer.predictions import NAME as PREDICTIONS
 from notebooks.explorer.predictions import load as load_predictions
+from profiling.schema.capability import load as load_trained
+from profiling.schema.capability import summary
 from profiling.schema.replicates import aggregate_replicates
-from profiling.schema.row import SchemaError
+from profiling.schema.row import SchemaError, holds_costs
 from profiling.schema.row import load as load_rows
 
 NAME = "explorer.html"
 HERE = Path(__file__).parent
 SCRIPTS = ("state.js", "forms.js", "data.js", "ranking.js", "table.js", "specs.js", "views.js", "charts.js", "main.js")
 CAPABILITY = "capability.csv"
-NOT_ROWS = ("peaks.csv", CAPABILITY)
 VEGA_LITE = "6.4"
 NUMBERS = {
     "memory_predicted_bytes": "predicted", "memory_peak_bytes": "peak", "macs_counted": "macs",
@@ -98,7 +99,7 @@ def data(roots: Sequence[Path]) -> dict[str, Any]:
     devices: list[dict[str, Any]] = []
     tables, capability, left_out = [], [], []
     for folder in _folders(roots):
-        files = sorted(path for path in folder.glob("*.csv") if path.name not in NOT_ROWS)
+        files = sorted(path for path in folder.glob("*.csv") if holds_costs(path))
         try:
             rows = aggregate_replicates(load_rows(*files)) if files else load_rows()
         except SchemaError as problem:
@@ -201,14 +202,12 @@ def _name_runs(devices: list[dict[str, Any]]) -> None:
 
 
 def _capability(path: Path) -> list[dict[str, Any]]:
-    """Accuracy by attention and task, where it was measured."""
+    """Accuracy by attention, as it comes, and task, where it was measured: the mean over seeds."""
     if not path.exists():
         return []
-    table = pd.read_csv(path)
-    if not {"attention", "task", "accuracy"} <= set(table.columns):
-        return []
-    means = table.dropna(subset=["accuracy"]).groupby(["attention", "task"], sort=False)["accuracy"].mean()
+    trained = load_trained(path)
+    means = summary(trained[trained["options"].isna() & (trained["difficulty"] == "medium")]).dropna(subset="accuracy")
     return [
-        {"attention": attention, "task": task, "accuracy": round(float(value), 5)}
-        for (attention, task), value in means.items()
+        {"attention": row["name"], "task": row["task"], "accuracy": round(float(row["accuracy"]), 5)}
+        for row in means.to_dict("records")
     ]

@@ -8,6 +8,8 @@ from typing import Any
 NAME = "predictions.json"
 KEYS = {"sides", "dims", "head_dims", "spatial", "channel", "configurations"}
 
+KINDS_OF_PADDING = 4
+
 
 def load(path: Path) -> dict[str, Any]:
     """The predicted candidates with the range of their shapes and their largest errors.
@@ -45,5 +47,5 @@ def _candidate(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "attention": entry["name"], "impl": entry["impl"], "options": entry["options"],
         "memory": {word: [rounding, forms] for word, forms in entry["memory"].items()},
-        "macs": {mode: [rounding, [[form], [form], [form]]] for mode, form in whole.items()},
+        "macs": {mode: [rounding, [[form]] * KINDS_OF_PADDING] for mode, form in whole.items()},
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """The explorer: what it is made from, and what it does in a real browser without a network."""
 
+import csv
 import importlib.util
 import json
 import random
@@ -31,7 +32,7 @@ SETTINGS = ("cpu fp32 forward", "cpu fp32 forward_backward", "cuda bf16 forward"
 def entry(attention: str, form: Any, impl: str = "reference", **options: Any) -> dict[str, Any]:
     return {
         "name": attention, "options": options, "impl": impl, "rounding": [1, 1, 0],
-        "memory": {setting: [[form], [], []] for setting in SETTINGS},
+        "memory": {setting: [[form], [], [], []] for setting in SETTINGS},
         "macs": {"forward": form, "forward_backward": form}, "error": {"macs": 0.001, SETTINGS[0]: 0.013},
     }  # fmt: skip
 
@@ -122,9 +123,20 @@ def test_two_runs_of_one_device_have_two_names(results: Path) -> None:
 def test_accuracy_is_taken_where_it_was_measured(tmp_path: Path) -> None:
     at = folder(tmp_path / "device", list(resolution()))
     assert explorer.data([tmp_path])["capability"] == []
-    (at / "capability.csv").write_text("attention,task,seed,accuracy\nfull,recall,0,0.5\nfull,recall,1,0.75\n")
+    with (ROOT / "results/amd-epyc-2-threads/capability.csv").open() as file:
+        header, first = next(file), next(row for row in file if ",full,,,,offset,medium," in row)
+    accuracy = next(csv.DictReader([header, first]))["accuracy"]
+    other = first.replace(",cpu,0,", ",cpu,1,").replace(f",{accuracy},", ",0.5,")
+    hard, variant = first.replace(",medium,", ",hard,"), first.replace(",full,,", ",full,qkv_bias=False,")
+    assert len({first, other, hard, variant}) == 4
+    (at / "capability.csv").write_text("".join([header, first, other, hard, variant]))
     assert explorer.data([tmp_path])["capability"] == [
-        {"device": 0, "attention": "full", "task": "recall", "accuracy": 0.625}
+        {
+            "device": 0,
+            "attention": "full",
+            "task": "offset",
+            "accuracy": pytest.approx((0.999500749 + 0.5) / 2, abs=1e-5),
+        }
     ]
 
 
