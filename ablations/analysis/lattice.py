@@ -116,14 +116,13 @@ def analyze(configuration: Configuration) -> dict[str, Any]:
         errors[word] = max(
             abs(_memory(memory[word], rounding, shape) / lines[word].peak() - 1) for shape, lines in held_out.items()
         )
-    exact = [word for word, error in errors.items() if error <= WORST]
+    known = {word: float(f"{error:.2g}") for word, error in (errors | {"macs": macs_error}).items() if error <= WORST}
     return {
         "rounding": [rounding.up, rounding.coarse, int(rounding.down)],
-        "macs": macs if macs_error <= WORST else {},
-        "memory": {word: memory[word] for word in exact},
-        "error": {word: float(f"{errors[word]:.2g}") for word in exact}
-        | ({"macs": float(f"{macs_error:.2g}")} if macs_error <= WORST else {}),
-        "left_out": sorted({*errors} - {*exact}) + ["macs"] * int(macs_error > WORST),
+        "macs": macs if "macs" in known else {},
+        "memory": {word: forms for word, forms in memory.items() if word in known},
+        "error": known,
+        "left_out": sorted({*errors, "macs"} - {*known}),
     }
 
 
