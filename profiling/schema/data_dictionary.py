@@ -50,8 +50,8 @@ kernels work on copies that no rule covers.
   became narrower than 2 % (`latency_stop` is `converged`); in the others the time limit ended sampling. Ratios within
   a sweep are usable, single latencies are not. `capability`, `capability_bra` and `capability_pilot` were trained
   here; the pilot with fewer steps of `recall` (500, now 1200), `count` (600, now 900) and `offset` (700, now 1000).
-  At `recall` some trainings leave the plateau late or not at all, full attention with seed 2 among them (86 %): a
-  mean there says little before trainings are longer.
+  `recall` was trained for 500, then 800 and at last 1200 steps, until all three seeds of full attention learned it;
+  some trainings of others, such as `linear`, leave the plateau late or not at all.
 - `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;
   `resolution`, `precision` and `stl` are not measured yet. One process a cell. The kernels of `impl="triton"` have
   changed since. Predictions were computed again on 2026-11-28 by mended rules, except for training by
