@@ -102,7 +102,7 @@ def analyze(configuration: Configuration) -> dict[str, Any]:
         InvalidOption: the attention takes hardly any of the shapes.
     """
     draw = random.Random(repr(configuration))
-    runs = dict(_ran(configuration, draw, SAMPLES + 2))
+    runs = dict(_ran(configuration, draw, SAMPLES + 5))
     rounding = _rounding(runs)
     if rounding.up > 1:
         for padding in range(len(PADDING)):
@@ -176,7 +176,7 @@ def _rounding(runs: Runs) -> Rounding:
     for rounding in ROUNDINGS:
         padding = 0 if rounding.up == 1 else 3
         shapes, lines = _alike(runs, PROBE, rounding, padding)
-        if len(shapes) < 5:
+        if len(shapes) < 4:
             continue
         terms, sizes = table(shapes, rounding), np.array([line.sizes for line in lines], dtype=float).T
         share = float(np.mean([identify(values, terms, thorough=False) is not None for values in sizes]))

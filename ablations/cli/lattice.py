@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
             kept[_key(new)] = new
             _write(args.out, (kept[key] for key in order if key in kept))
             tell(number + 1, len(todo), f"{new['name']} {new['impl']}", f"[{number + 1}/{len(todo)}] ")
-    worst = max((max(one["error"].values()) for one in kept.values() if "error" in one), default=0.0)
+    worst = max((error for one in kept.values() for error in one.get("error", {}).values()), default=0.0)
     print(f"{args.out}: {len(kept)} configurations, {len(todo)} of them new; largest error {100 * worst:.2f} %")
     return 0
 
