@@ -46,9 +46,12 @@ def _show(report: Report, seconds: float, result: list[str]) -> None:
 
 
 def _write_pages(folder: Path) -> None:
-    # The report links to the explorer.
+    # Each links to the other where that is there.
+    first = not (folder / "report.html").exists()
     write_explorer(folder.parent)
     write_page(folder)
+    if first:
+        _write("", "notebooks.explorer", folder.parent, "explorer.html", "explorer")
 
 
 def write_page(folder: Path) -> None:
@@ -62,9 +65,14 @@ def write_explorer(root: Path) -> None:
 
 
 def _write(label: str, module: str, folder: Path, name: str, extra: str) -> None:
-    """Write a page in a process of its own: it is drawn by the notebooks' code, which nothing here imports."""
+    """Write a page in a process of its own: it is drawn by the notebooks' code, which nothing here imports.
+
+    Without a ``label`` nothing is printed.
+    """
     command = [sys.executable, "-m", module, str(folder.resolve())]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MPLBACKEND": "agg"}, capture_output=True, text=True)
+    if not label:
+        return
     if done.returncode == 0:
         print(f"{label}: {folder / name}")
     else:

@@ -1,6 +1,7 @@
 """Capability sweeps: their trials, the network, and trainings through the runner: rows, failures, resuming."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ablations.cli import run_all, run_capability
 from ablations.harness import sweep as harness
 from ablations.harness.local_runner import Settings
 from attention_zoo import Block, InvalidOption, build, load_plugin, names
+from attention_zoo.core import registry
 from profiling.schema.capability import CAPABILITY, load, summary, validate
 from profiling.schema.row import SchemaError
 
@@ -128,10 +130,19 @@ def test_counts_depend_on_the_attention_and_not_on_the_seed() -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder of results with short trainings of healthy and of failing attentions, and the news of the run."""
+    # Tests that follow in this process know nothing of the plugin.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+        result = _trained(tmp_path_factory.mktemp("results"))
+        for name in [name for name in sys.modules if name.startswith("attention plugin")]:
+            del sys.modules[name]
+    return result
+
+
+def _trained(results: Path) -> tuple[Path, list[str]]:
     load_plugin(UNTRAINABLE)
     bad = ("untrainable_nan", "untrainable_raise", "untrainable_large")
     sweep = CapabilitySweep("q?", "e", products=[], smoke={"name": ("full", "bra", *bad), **SHORT})
-    results = tmp_path_factory.mktemp("results")
     launcher = CapabilityLauncher(Settings(results=results, smoke=True, plugins=(UNTRAINABLE,)))
     news = [text for text, _, _ in launcher.run({"capability": sweep})]
     return launcher.folder / "capability.csv", news

@@ -19,6 +19,7 @@ from ablations.analysis.candidates import Candidate, candidates, command
 from ablations.analysis.latency_lookup import Latency, LatencyLookup
 from ablations.analysis.recommend import Answer, Device, Limits, Question, rank
 from ablations.analysis.units import BYTES, MILLISECONDS, amount, in_words
+from ablations.capability.sweep import discover as capability_sweeps
 from ablations.cli import run_all as run_all
 from ablations.harness.sweep import discover
 from attention_zoo import InvalidOption, load_plugin, names
@@ -425,7 +426,9 @@ def test_the_comparison_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 def test_sweeps_and_plans_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run_all.main(["--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert {entry["sweep"]: entry["question"] for entry in listed} == {n: s.question for n, s in discover().items()}
+    assert {entry["sweep"]: entry["question"] for entry in listed} == {
+        name: sweep.question for name, sweep in (discover() | capability_sweeps()).items()
+    }
     words = ["--dry-run", "--smoke", "--only", "kv_downsample", "--device", "cpu", "--results", str(tmp_path), "--json"]
     assert run_all.main(words) == 0
     message = capsys.readouterr()

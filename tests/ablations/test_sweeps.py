@@ -17,6 +17,7 @@ from ablations import sweeps
 from ablations.__main__ import main as work_on_results
 from ablations.analysis.run_summary import findings
 from ablations.cli import run_all as command
+from ablations.cli import run_capability
 from ablations.harness import local_runner
 from ablations.harness.local_runner import Launcher, Settings
 from ablations.harness.sweep import Sweep, attentions, discover, select
@@ -228,7 +229,7 @@ def test_a_dry_run_shows_every_cell_and_writes_nothing(
 ) -> None:
     small = replace(SWEEPS["resolution"], axes={"grid": (14, 512, 1024), "name": attentions}, smoke={})
     small = replace(small, measured=lambda case: case.height != 1024, keep=lambda v: v["name"] in ("plain", "full"))
-    monkeypatch.setattr(command, "select", lambda only: {"resolution": small})
+    monkeypatch.setattr(run_capability, "select", lambda only: ({"resolution": small}, {}))
     monkeypatch.setenv("COLUMNS", "160")
     assert command.main(["--dry-run", "--device", "cpu", "--results", str(tmp_path), "--plugin", str(PLAIN)]) == 0
     lines = capsys.readouterr().out.splitlines()
