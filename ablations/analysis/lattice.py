@@ -37,8 +37,8 @@ SAMPLES, COUNTS, HELD_OUT = 7, 60, 4
 """Shapes to read forms off, for each kind of padding; shapes whose MACs are counted; shapes to tell the error."""
 TRIED = 2000
 """Random shapes at which the forms of all operators are compared: one that is nowhere the largest is left out."""
-WORST = 0.02
-"""Forms with a larger error are left out."""
+WORST = 0.005
+"""Forms with a larger error at a held-out shape are left out: those that are read off storages have none."""
 PROBE = "cuda fp32 forward_backward"
 BRA_TOPK, BRA_WINDOWS = (1, 4, 16), (7, 8, 16)
 KV_MODES = ("avgpool", "ada_avgpool", "fracpool", "conv")
