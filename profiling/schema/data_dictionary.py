@@ -41,12 +41,12 @@ kernels work on copies that no rule covers.
 
 - `quadtree` and `deformable` have had other defaults: `quadtree` 3 levels, averaged values, neither LePE nor a bias of
   qkv; `deformable` a stride of 2 (in `stl` 8, 4, 2, 1), other points and offsets, one group, no position bias. All
-  their rows are of these, except in `complexity` of `amd-epyc-2-threads`.
+  their rows are of these, except in `complexity` and `resolution` of `amd-epyc-2-threads`.
 - `intel-xeon-2-threads`: every sweep, of 17 attentions; three processes or more for each timed cell. `bra_speed` is of
   an earlier version of `impl="sdpa"`. In `stl`, `dilated` was measured with an interval of 2 in every stage, which is
   now 8, 4, 2, 1; `cross_shaped` had the halves of its heads in the other order, which matters on oblong grids.
-- `amd-epyc-2-threads`: `complexity` of 25 attentions, the others of 17. Other programs used the machine.
-  In 17 of 1,361 timed rows the 95 % interval of the median
+- `amd-epyc-2-threads`: `complexity` and `resolution` of 25 attentions, the others of 17. Other programs used the machine.
+  In few of the timed rows the 95 % interval of the median
   became narrower than 2 % (`latency_stop` is `converged`); in the others the time limit ended sampling. Ratios within
   a sweep are usable, single latencies are not. `capability`, `capability_bra` and `capability_pilot` were trained
   here; the pilot with fewer steps of `recall` (500, now 1200), `count` (600, now 900) and `offset` (700, now 1000).
