@@ -46,7 +46,8 @@ kernels work on copies that no rule covers.
   an earlier version of `impl="sdpa"`. In `stl`, `dilated` was measured with an interval of 2 in every stage, which is
   now 8, 4, 2, 1; `cross_shaped` had the halves of its heads in the other order, which matters on oblong grids.
 - `amd-epyc-2-threads`: `complexity` and `resolution` of 25 attentions, the others of 17. Other programs used the
-  machine. In few of the timed rows the 95 % interval of the median became narrower than 2 % (`latency_stop` is `converged`); in the others the time limit ended sampling. Ratios within
+  machine. In few of the timed rows the 95 % interval of the median became narrower than 2 % (`latency_stop` is
+  `converged`); in the others the time limit ended sampling. Ratios within
   a sweep are usable, single latencies are not. `capability`, `capability_bra` and `capability_pilot` were trained
   here; the pilot with fewer steps of `recall` (500, now 1200), `count` (600, now 900) and `offset` (700, now 1000).
   `recall` was trained for 500, then 800 and at last 1200 steps, until all three seeds of full attention learned it;
