@@ -40,6 +40,7 @@ class Task:
         places: whether it asks for places, so that the network is told where each token is.
         local: whether a convolution can solve it.
         guess: share of right answers of the best guess, where classes are not equally frequent.
+        held_out: options of ``generate`` for test images, where what training saw must not return.
         citation: the published task it follows, if it follows one.
         package: what must be installed to generate it, beyond the suite's own requirements.
     """
@@ -54,6 +55,7 @@ class Task:
     places: bool = False
     local: bool = False
     guess: float | None = None
+    held_out: Mapping[str, Any] = field(default_factory=dict)
     citation: str = ""
     package: str = ""
     name: str = field(default="", compare=False)
@@ -63,11 +65,14 @@ class Task:
         """Share of right answers of the best guess."""
         return self.guess or 1 / self.classes
 
-    def batch(self, seed: int | Sequence[int], count: int, grid: tuple[int, int], level: str = MEDIUM) -> Batch:
-        """``count`` images of a level on a grid of tokens; the same for the same seed."""
+    def batch(
+        self, seed: int | Sequence[int], count: int, grid: tuple[int, int], level: str = MEDIUM, test: bool = False
+    ) -> Batch:
+        """``count`` images of a level on a grid of tokens, for training or for a ``test``; the same for a seed."""
         if level not in self.levels:
             raise InvalidOption(f"{self.name} has no difficulty {level!r}; valid: {', '.join(self.levels)}")
-        return self.generate(np.random.default_rng(seed), count, grid, **self.levels[level])
+        options = {**self.levels[level], **(self.held_out if test else {})}
+        return self.generate(np.random.default_rng(seed), count, grid, **options)
 
 
 @cache

@@ -146,7 +146,7 @@ def _tested(net: nn.Module, trial: Trial, images: int) -> dict[str, Any]:
 @torch.no_grad()
 def _accuracy(net: nn.Module, trial: Trial, side: int, count: int) -> tuple[float, int]:
     """Share of right answers on new images of a grid, and the number of answers."""
-    batch = trial.what.batch(TEST_SEED, count, (side, side), trial.difficulty)
+    batch = trial.what.batch(TEST_SEED, count, (side, side), trial.difficulty, test=True)
     images, labels = map(torch.from_numpy, batch)
     net.eval()
     right = 0

@@ -161,7 +161,7 @@ def test_match_digits_labels_whole_digits_and_never_the_one_in_the_corner() -> N
 @needs_digits
 def test_match_digits_compares_by_class() -> None:
     """The digit of a matching cell is, pixel by pixel, one of the class of the corner's."""
-    images, start = match_digits._digits()
+    images, start = match_digits._digits(held_out=False)
     known = {
         tuple(digit.ravel()): int(np.searchsorted(start, number, side="right")) - 1
         for number, digit in enumerate(images)
@@ -180,3 +180,19 @@ def test_match_digits_compares_by_class() -> None:
                     assert (label[y : y + 2, x : x + 2] == (match_digits.MATCH if digit == corner else digit)).all()
                     checked += 1
     assert checked > 50
+
+
+@needs_digits
+def test_no_digit_of_a_test_is_seen_in_training() -> None:
+    seen, asked = ({digit.tobytes() for digit in match_digits._digits(held)[0]} for held in (False, True))
+    assert not seen & asked and len(seen) > 1300 and len(asked) > 400
+    assert all(np.diff(match_digits._digits(True)[1]) > 40)
+    task, size = TASKS["match_digits"], match_digits.SIDE
+    training, test = (task.batch(5, 16, GRID, "easy", test=test).images[:, 0] for test in (False, True))
+
+    def corners(canvas: np.ndarray) -> set[bytes]:
+        places = [(4 * y, 4 * x) for y in (0, 1) for x in (0, 1)]
+        return {image[y : y + size, x : x + size].tobytes() for image in canvas for y, x in places}
+
+    assert len(corners(training) & seen) >= 16 and not corners(training) & asked
+    assert len(corners(test) & asked) >= 16 and not corners(test) & seen

@@ -13,15 +13,25 @@ PATCH, SIDE, CELL = 4, 8, 3
 """Pixels per side of a token and of a digit; tokens per side of the cell in which a digit is placed at random."""
 MATCH = 10
 """Label of a digit that equals the one in the corner; any other digit has its own number."""
+HELD_OUT = 4
+"""One digit of so many is kept for tests."""
 
 
 def generate(
-    rng: np.random.Generator, count: int, grid: tuple[int, int], share: float = 0.5, clutter: float = 0.02
+    rng: np.random.Generator,
+    count: int,
+    grid: tuple[int, int],
+    share: float = 0.5,
+    clutter: float = 0.02,
+    held_out: bool = False,
 ) -> Batch:
-    """A ``share`` of cells holds a digit, half of these the one in the corner; a share ``clutter`` of pixels is set."""
+    """A ``share`` of cells holds a digit, half of these the one in the corner; a share ``clutter`` of pixels is set.
+
+    Every fourth digit of a class is ``held_out``: a training never sees it, and a test sees no other.
+    """
     down, across = grid[0] // CELL, grid[1] // CELL
     cells, inside = down * across, SIDE // PATCH
-    images_of, start = _digits()
+    images_of, start = _digits(held_out)
     same = rng.random((count, cells)) < 0.5
     asked = rng.integers(10, size=(count, 1))
     digit = np.where(same, asked, (asked + rng.integers(1, 10, size=(count, cells))) % 10)
@@ -47,13 +57,14 @@ def generate(
 
 
 @cache
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    """All digits from 0 to 1, sorted by class, and where each class begins."""
+def _digits(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Digits from 0 to 1, sorted by class, and where each class begins; those held out or all others."""
     # Only this task needs it.
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    order = np.argsort(data.target, kind="stable")
+    of_class = [np.flatnonzero(data.target == number) for number in range(10)]
+    order = np.concatenate([each[(np.arange(len(each)) % HELD_OUT == 0) == held_out] for each in of_class])
     return (data.images[order] / 16).astype(np.float32), np.searchsorted(data.target[order], np.arange(11))
 
 
@@ -63,8 +74,9 @@ TASK = Task(
     channels=2,
     classes=MATCH + 1,
     levels={"easy": {"clutter": 0.0}, "medium": {"clutter": 0.02}, "hard": {"clutter": 0.1}},
-    steps=1200,
+    steps=2000,
     patch=PATCH,
     guess=0.5,
+    held_out={"held_out": True},
     package="scikit-learn",
 )
