@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from made_up_rows import ablations, cell, trained, training
 from matplotlib.figure import Figure
-from test_notebooks import ablations, cell, trained, training
 
 from notebooks.figures import capability, capability_costs
 from notebooks.lib import plots

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_notebooks import ablations, cell, resolution
+from made_up_rows import ablations, cell, resolution
 from test_report import folder
 
 from ablations.analysis import run_summary

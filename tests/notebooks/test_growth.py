@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_notebooks import cell
+from made_up_rows import cell
 
 from ablations.sweeps.complexity import SWEEP
 from attention_zoo import build, names

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from made_up_rows import ablations, cell, environment, growth, resolution, speeds
 from PIL import Image
-from test_notebooks import ablations, cell, environment, growth, resolution, speeds
 
 from ablations.analysis import run_summary
 from notebooks.report import page as report
