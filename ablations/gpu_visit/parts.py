@@ -34,7 +34,10 @@ from profiling.schema.row import COLUMNS
 ROOT = Path(__file__).resolve().parents[2]
 VISIT = StoppingRule(max_seconds=0.12, warm_up_seconds=0.03)
 """Stopping rule for a visit of minutes: the intervals in the rows are wider."""
-TESTS = ("tests/attention_zoo/test_bra_triton.py", "tests/attention_zoo/test_kernels_on_device.py")
+TESTS = tuple(
+    f"tests/attention_zoo/test_{name}.py"
+    for name in ("bra_triton", "bra_triton_kernels", "bra_triton_operators", "kernels_on_device")
+)
 SWEEPS = "models,topk,kv_downsample,resolution,precision"
 TIMEOUT, TO_COMPILE = 60.0, 150.0
 """Time limits in seconds: of a cell, and of a cell that is compiled."""

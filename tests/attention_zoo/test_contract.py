@@ -203,9 +203,7 @@ def test_auto_is_the_fastest_that_can_run(name: str, impl: str) -> None:
 @pytest.mark.parametrize(("name", "impl"), IMPLS)
 def test_predicted_memory_is_the_measured(name: str, impl: str, mode: str) -> None:
     if impl == "triton":
-        pytest.skip(
-            "its interpreter holds on to tensors; tests/attention_zoo/test_bra_triton.py knows how to measure it"
-        )
+        pytest.skip("its interpreter holds on to tensors; test_bra_triton_operators.py knows how to measure it")
     case = Case(name, 28, 28, dim=64, num_heads=2, impl=impl, mode=mode)
     try:
         measured = peak_memory.measure(case.workload("cpu"))
