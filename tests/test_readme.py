@@ -81,7 +81,7 @@ def test_table_lists_every_attention() -> None:
 
 
 def test_the_numbers_of_the_table_are_in_the_results() -> None:
-    rows = load(ROOT / "results/intel-xeon-2-threads/complexity.csv")
+    rows = load(ROOT / "results/amd-epyc-2-threads/complexity.csv")
     full = rows[
         (rows["name"] == "full") & (rows["mode"] == "forward_backward") & (rows["height"] == readme_table.GRID)
     ].iloc[0]
@@ -107,7 +107,7 @@ def test_the_table_is_put_between_its_comments_and_nowhere_else(tmp_path: Path) 
 
 
 def test_the_finding_is_in_the_results() -> None:
-    rows = aggregate_replicates(load(ROOT / "results/intel-xeon-2-threads/resolution.csv"))
+    rows = aggregate_replicates(load(ROOT / "results/amd-epyc-2-threads/resolution.csv"))
     steps = rows[rows["mode"] == "forward_backward"].set_index("height").sort_index()
     message = " ".join(README.split())
     for name, words in (("full", "with full attention"), ("bra", "with BRA as published")):
