@@ -32,7 +32,8 @@ class ReLULinearAttention(Attention):
 
     Departs from the published code: with no more tokens than channels of a head that code multiplies q with k first,
     which is the same function. A single token of a batch has no variance: in training that code refuses it, here it is
-    normalised by the running statistics. The code's heads have 16 channels (models B0 and B1) or 32; here num_heads decides.
+    normalised by the running statistics. The code's heads have 16 channels (models B0 and B1) or 32; here num_heads
+    decides.
 
     Args:
         scales: kernel of the aggregation, odd; several are separated by commas, as in 3,5; 0: none. Published: 5, and
