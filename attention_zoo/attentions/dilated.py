@@ -28,9 +28,9 @@ class DilatedWindowAttention(WindowAttention):
 
     The paper lets a group span the grid. Its code for classification keeps 7 x 7 tokens per group in every stage and
     sets the interval along an axis to side / 7, which is 8, 4, 2, 1 at 224 x 224 pixels; a side that 7 does not divide
-    is refused. Its code for detection and segmentation keeps both fixed and masks the padding, as here. Both codes
-    group adjacent tokens instead on a grid with a side no longer than a group; here such a grid is dilated too: set
-    dilation 1 there.
+    is refused. Its code for detection keeps both fixed and masks the padding, as here. On a grid with a side no longer
+    than a group, both codes group adjacent tokens instead, in groups as wide as the shorter side (classification) or
+    the longer one (detection). Here such a grid is dilated too: set dilation 1 and that window_size there.
 
     CrossFormer adds the dynamic position bias in every released model. Here it is off by default, so that ``dilated``
     differs from ``window`` in its windows only. The same dilation holds for all heads and both axes.
