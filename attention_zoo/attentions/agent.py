@@ -28,14 +28,15 @@ class AgentAttention(Attention):
     softmax(q a^T / sqrt(d) + B2) softmax(a k^T / sqrt(d) + B1) v + DWConv(v). Agents a are the queries, averaged over
     agents_per_side x agents_per_side parts of the grid. On a side with fewer tokens than agents, agents repeat.
 
-    The paper leaves the shape of B1 and B2 open. As in the published code, each is the sum of a 7 x 7 block bias,
-    interpolated to the grid, and of a row and a column bias, all per head and agent. The published classification
-    models have rows and columns of one grid and refuse other grids. Here they are interpolated bilinearly, as in the
-    authors' backbone for dense prediction. On a grid of table_side x table_side tokens they are used as they are.
+    B1 and B2 have the form of the published code: each is the sum of a 7 x 7 block bias, interpolated to the grid, and
+    of a row and a column bias, all per head and agent. The published classification models have rows and columns of
+    one square grid. They refuse another number of tokens; PVT's accepts as many in another shape, and adds the biases
+    in the order of the tokens. Here rows and columns are interpolated bilinearly, as in the authors' backbone for
+    dense prediction. On a grid of table_side x table_side tokens they are used as they are.
 
-    Departs from the published code: one qkv projection replaces the two of PVT, no class token, and no sub-sampling
-    of keys and values, which the released models leave at 1. The backbone for dense prediction also interpolates the
-    biases between agents, to have more agents than were trained; not here.
+    Departs from the published code: one qkv projection replaces the two of PVT, no class token as in DeiT, and no
+    sub-sampling of keys and values, which the released models leave at 1. The backbone for dense prediction also
+    interpolates the biases between agents, to have more agents than were trained; not here.
 
     Args:
         agents_per_side: agents per side of the grid. Published: 3, 4, 7, 7 in the four stages; 7 for DeiT.
@@ -48,13 +49,13 @@ class AgentAttention(Attention):
 
     family = "linear"
     attends_to = "a few agents, which attend to every token"
-    citation = "Han et al., Agent Attention, ECCV 2024, eq. 3 (agent attention) and 6 (with agent bias and convolution)"
-    equation = "softmax(q aᵀ/√d + B2) softmax(a kᵀ/√d + B1) v + DWConv(v), agents a: pooled queries (eq. 3, 6)"
-    left_open = (
-        "form of B1, B2: block, row and column biases as the code; other grids: tables interpolated; fewer "
-        "tokens than agents: agents repeat"
+    citation = "Han et al., Agent Attention, ECCV 2024 (agent attention with agent bias and depthwise convolution)"
+    equation = "softmax(q aᵀ/√d + B2) softmax(a kᵀ/√d + B1) v + DWConv(v), agents a: pooled queries"
+    left_open = "other grids: tables of B1, B2 interpolated; fewer tokens than agents: agents repeat"
+    departs = (
+        "any grid (theirs for classification: one number of tokens); one qkv layer (PVT: two); no class token (DeiT); "
+        "no sub-sampling; biases not interpolated between agents"
     )
-    departs = "one qkv layer instead of two; no class token; no sub-sampling; biases not interpolated between agents"
     impls = ("reference", "sdpa")
     exponent = 1
     minimal_options = {"agents_per_side": 2, "table_side": 4}

@@ -29,15 +29,19 @@ class CosineWindowAttention(WindowAttention):
 
     tau is learned per head, at least 0.01 and 0.1 at first. B is 16 * sigmoid of a two-layer network of the relative
     position in log-spaced coordinates, so that it extends to other window sizes. The keys' projection has no bias.
+    The paper has no sigmoid, and takes log(1 + displacement). As in the published code, the displacement is a share of
+    the largest, times 8, and the logarithm is to base 8.
 
     A grid that the window does not divide is padded at the bottom and right, and the padding is masked; the published
     code refuses such a grid. The publication alternates windows without and with a shift of half a window. A shift
-    masks pairs from opposite borders with -inf, the published code with -100, which leaves such a pair a weight where
-    a scale comes near 100. The published code drops the shift and shrinks the window if the shorter side is no longer
-    than a window; here neither changes: choose them to reach it.
+    masks pairs from opposite borders with -inf, the published code with -100. Other scores range from -scale to
+    scale + 16: from a scale of 42 on, such a pair can outweigh an unmasked one there. A scale is 10 at first and at
+    most 100. The published code drops the shift and shrinks the window if the shorter side is no longer than a window;
+    here neither changes: choose them to reach it.
 
     Args:
-        window_size: tokens per side of a window, at least 2: one token has no relative position; published: 8 or 16.
+        window_size: tokens per side of a window, at least 2: one token has no relative position; published: 8 or 16,
+            and 12 or 24 for models pretrained at 192 x 192 pixels.
         shift: displacement of the windows in tokens, less than window_size; published: half a window in every second
             block.
         pretrained_window_size: the window size by which coordinates are normalised, as for a model trained with
@@ -53,8 +57,11 @@ class CosineWindowAttention(WindowAttention):
     attends_to = "its window, by cosine"
     citation = "Liu et al., Swin Transformer V2, CVPR 2022, equations 2 to 4 (scaled cosine attention, log-spaced CPB)"
     equation = "softmax(cos(q, k)/τ + 16 sigmoid(MLP(log-spaced Δ))) v in windows (eq. 2 to 4)"
-    left_open = "padding: masked; shift per block: an option, 0; window: 8"
-    departs = "ragged grids accepted; mask of -inf instead of -100; window and shift do not shrink on small grids"
+    left_open = "padding: masked; shift per block: an option, 0; window: 8; sigmoid and scale of Δ: as the code"
+    departs = (
+        "ragged grids accepted; mask of -inf instead of -100; window and shift do not shrink on small grids; for fp64 "
+        "coordinates in fp64 (theirs: fp32)"
+    )
     table_dtype: ClassVar[torch.dtype | None] = None
 
     def __init__(

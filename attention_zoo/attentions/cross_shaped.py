@@ -32,8 +32,9 @@ class CrossShapedAttention(Attention):
     A grid that stripe_width does not divide is zero-padded at the bottom and right after the projection. By default
     the padding is masked: the last stripe is narrower, and its convolution reads zeros beyond it. The authors' code
     for segmentation pads evenly on both sides, which displaces the stripes, and does not mask the padding, whose keys
-    and values are zero. ``attend_padding=True`` computes that. Their code for classification refuses such a grid. In
-    both, the last stage attends to the whole grid whatever its size: set a stripe as wide as the grid.
+    and values are zero. ``attend_padding=True`` computes that. Their code for classification refuses such a grid and
+    every grid that is not square. In both, the last stage attends to the whole grid whatever its size: set a stripe as
+    wide as the grid.
 
     Args:
         stripe_width: tokens across a stripe; published: 1, 2, 7, 7 by stage.

@@ -27,9 +27,10 @@ class DilatedWindowAttention(WindowAttention):
     instead; such sliding windows overlap, as in ``neighborhood`` with its dilation.
 
     The paper lets a group span the grid. Its code for classification keeps 7 x 7 tokens per group in every stage and
-    sets the interval to side / 7, which is 8, 4, 2, 1 at 224 x 224 pixels; other grids are refused. Its code for
-    detection and segmentation keeps both fixed and masks the padding, as here. Both codes group adjacent tokens
-    instead on a grid with a side no longer than a group; here such a grid is dilated too: set dilation 1 there.
+    sets the interval along an axis to side / 7, which is 8, 4, 2, 1 at 224 x 224 pixels; a side that 7 does not divide
+    is refused. Its code for detection keeps both fixed and masks the padding, as here. On a grid with a side no longer
+    than a group, both codes group adjacent tokens instead, in groups as wide as the shorter side (classification) or
+    the longer one (detection). Here such a grid is dilated too: set dilation 1 and that window_size there.
 
     CrossFormer adds the dynamic position bias in every released model. Here it is off by default, so that ``dilated``
     differs from ``window`` in its windows only. The same dilation holds for all heads and both axes.
@@ -47,7 +48,10 @@ class DilatedWindowAttention(WindowAttention):
     citation = "Wang et al., CrossFormer, ICLR 2022 (long-distance attention, LDA; dynamic position bias, DPB)"
     equation = "softmax(q kᵀ/√d + DPB(Δ)) v among tokens at a fixed interval"
     left_open = "ragged grids: masked padding"
-    departs = "DPB off by default, without its last bias, which has no effect; small grids are still dilated"
+    departs = (
+        "DPB off by default, without its last bias, which has no effect; small grids are still dilated; one dilation "
+        "for both axes (theirs for classification: side / 7 along each)"
+    )
     minimal_options = {"window_size": 2, "dilation": 2}
     by_stage = {"dilation": (8, 4, 2, 1)}
 

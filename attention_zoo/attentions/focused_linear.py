@@ -25,18 +25,20 @@ class FocusedLinearAttention(Attention):
 
     O = phi(q) (phi(k)^T v) / (phi(q) sum phi(k)^T) + DWConv(v).
 
-    Open in the paper, and here as in the published code: norms are over all channels of a token, not over those of a
-    head. Queries and keys are divided by the softplus of a learned scale per channel. A learned position encoding is
-    added to the keys. 1e-6 is added after the ReLU and to the denominator, which uses the mean of the keys. The
-    convolution has one kernel per channel of a head, which the heads share.
+    The paper's equations are those of one head; in the published code, and here, norms are over all channels of a
+    token. Open in the paper, and here as in the code: queries and keys are divided by the softplus of a learned scale
+    per channel. A learned position encoding is added to the keys. 1e-6 is added after the ReLU and to the denominator,
+    which uses the mean of the keys. The convolution has one kernel per channel of a head, which the heads share.
 
-    The published position encoding has one grid's size, and the code refuses other grids. Here it is interpolated
+    The published position encoding has the size of one square grid. The code refuses another number of tokens; that
+    of PVT accepts as many in another shape, and adds the encoding in the order of the tokens. Here it is interpolated
     bilinearly, as the authors do with the position embedding of their PVT. On a grid of table_side x table_side
     tokens it is used as it is.
 
     Departs from the published code: one qkv projection replaces the two of PVT, and there is no sub-sampling of keys
-    and values, which the released models leave at 1. Before the power, a token is divided by its largest channel.
-    The map does not depend on that factor, which keeps the power of a large p in the range of numbers.
+    and values, which the released models leave at 1. The variant of CSWin keeps that model's 3x3 convolution of v
+    beside this one; not here. Before the power, a token is divided by its largest channel. The map does not depend on
+    that factor, which keeps the power of a large p in the range of numbers.
 
     Args:
         focusing_factor: the power p.
@@ -49,15 +51,18 @@ class FocusedLinearAttention(Attention):
 
     family = "linear"
     attends_to = "a summary of all tokens, plus a local convolution"
-    citation = "Han et al., FLatten Transformer, ICCV 2023, section 4 (focused function, rank restoration)"
-    equation = "φ(q)(φ(k)ᵀv) / φ(q)Σφ(k)ᵀ + DWConv(v), φ(x) = f(ReLU(x)), f(x) = |x|/|xᵖ| xᵖ"
+    citation = (
+        "Han et al., FLatten Transformer, ICCV 2023, eq. 4 (linear attention), 6 (focused function) and 12 (with "
+        "convolution)"
+    )
+    equation = "φ(q)(φ(k)ᵀv) / φ(q)Σφ(k)ᵀ + DWConv(v), φ(x) = f(ReLU(x)), f(x) = |x|/|xᵖ| xᵖ (eq. 4, 6, 12)"
     left_open = (
-        "norms: over all channels; learned scale and position encoding: as the code; other grids: encoding "
-        "interpolated"
+        "norms: over all channels (equations: of a head); learned scale and position encoding: as the code; other "
+        "grids: encoding interpolated"
     )
     departs = (
-        "one qkv layer; no sub-sampling; tokens divided by their largest channel before the power, which "
-        "changes no value"
+        "any grid (theirs: one number of tokens); one qkv layer (PVT: two); no sub-sampling; no second convolution "
+        "(CSWin); tokens divided by their largest channel before the power, which changes no value"
     )
     exponent = 1
     minimal_options = {"dwc_kernel": 3, "table_side": 4}

@@ -33,7 +33,7 @@ class LinearAttention(Attention):
     family = "linear"
     attends_to = "a summary of all tokens"
     citation = "Katharopoulos et al., Transformers are RNNs, ICML 2020, eq. 5 (linearised attention) and 7 (elu + 1)"
-    equation = "φ(q)(φ(k)ᵀv) / φ(q)Σφ(k)ᵀ, φ(x) = elu(x) + 1"
+    equation = "φ(q)(φ(k)ᵀv) / φ(q)Σφ(k)ᵀ, φ(x) = elu(x) + 1 (eq. 5, 7)"
     left_open = "denominator near 0: clamped, or eps"
     departs = "eps is 0 (code: 1e-6); one qkv layer"
     impls = ("reference",)

@@ -31,8 +31,9 @@ class ReLULinearAttention(Attention):
     runs in fp32. It has no position encoding and fits every grid.
 
     Departs from the published code: with no more tokens than channels of a head that code multiplies q with k first,
-    which is the same function. A single token of a batch has no variance; in training it is normalised by the running
-    statistics. The code's heads have 16 channels (models B0 and B1) or 32; here num_heads decides.
+    which is the same function. A single token of a batch has no variance: in training that code refuses it, here it is
+    normalised by the running statistics. The code's heads have 16 channels (models B0 and B1) or 32; here num_heads
+    decides.
 
     Args:
         scales: kernel of the aggregation, odd; several are separated by commas, as in 3,5; 0: none. Published: 5, and
@@ -51,7 +52,7 @@ class ReLULinearAttention(Attention):
     left_open = "biases: none; batch normalisation after the projection; denominator: + 1e-15"
     departs = (
         "num_heads sets the channels of a head (theirs: 16 or 32); a single token in training uses running "
-        "statistics"
+        "statistics (theirs refuses it)"
     )
     exponent = 1
     minimal_options = {"scales": 3}

@@ -18,10 +18,10 @@ class ShiftedWindowAttention(WindowAttention):
 
     The authors have two codes, which differ on a grid no larger than a window, or not divided by it:
 
-    - That of classification drops the shift on a grid no larger than one window, and shrinks the window to it. Here
-      an axis that one window covers is not shifted, which is the same on square grids. The rest of the window is
-      masked padding, so that the bias table's size does not depend on the input. Other grids that the window does
-      not divide are refused there; here their padding is masked.
+    - That of classification drops the shift of both axes where the shorter side is no longer than a window, and
+      shrinks the window to that side. Here only an axis that one window covers is not shifted, which is the same on
+      square grids. The rest of the window is masked padding, so that the bias table's size does not depend on the
+      input. Other grids that the window does not divide are refused there; here their padding is masked.
     - That of detection and segmentation pads every grid, does not mask the padding, and always shifts.
       ``attend_padding=True`` computes that.
 
@@ -37,7 +37,10 @@ class ShiftedWindowAttention(WindowAttention):
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2 (shifted windows), equations 3 and 4"
     equation = "softmax(q kᵀ/√d + B) v in displaced windows (Swin, eq. 3, 4)"
     left_open = "small grids: an axis that one window covers is not displaced"
-    departs = "padding masked (theirs: attend_padding); the window does not shrink on small grids"
+    departs = (
+        "padding masked (theirs: attend_padding); mask of -inf instead of -100; the window does not shrink on small "
+        "grids, and each axis keeps or drops its own shift"
+    )
 
     def __init__(
         self,

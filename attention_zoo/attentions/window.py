@@ -31,7 +31,7 @@ class WindowAttention(Attention):
     Swin's code for classification refuses such a grid.
 
     A shift first rolls the grid by ``shift`` tokens and masks query-key pairs that the roll brings together from
-    opposite borders.
+    opposite borders, with -inf; Swin's code with -100, which leaves such a pair a weight where scores differ as much.
 
     Args:
         window_size: tokens per side of a window; published: 7.
@@ -47,7 +47,7 @@ class WindowAttention(Attention):
     citation = "Liu et al., Swin Transformer, ICCV 2021, section 3.2, equation 4"
     equation = "softmax(q kᵀ/√d + B) v in windows (Swin, eq. 4)"
     left_open = "nothing: sizes are options"
-    departs = "B off by default; padding masked (theirs: attend_padding)"
+    departs = "B off by default; padding masked (theirs: attend_padding); mask of -inf instead of -100"
     impls = ("reference", "sdpa")
     exponent = 1
     minimal_options = {"window_size": 2}

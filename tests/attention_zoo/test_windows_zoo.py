@@ -84,12 +84,26 @@ def window_oracle(module: Any, x: Tensor, group: Callable[[int, int], Hashable],
     def mix(tokens: Tensor, places: list[Place]) -> Tensor:
         bias, table, size = None, module.relative_position_bias_table, module.window_size
         if table is not None:
+            table = resized(table, 2 * getattr(module, "pretrained_window_size", size) - 1, 2 * size - 1)
             offsets = [[((a - c) // step[0], (b - d) // step[1]) for c, d in places] for a, b in places]
             rows = [[(dy + size - 1) * (2 * size - 1) + dx + size - 1 for dy, dx in line] for line in offsets]
             bias = table[torch.tensor(rows)].permute(2, 0, 1)
         return softmax_of(*module.qkv(tokens).chunk(3, -1), module.num_heads, bias)
 
     return module.proj(by_groups(x, group, mix, x.shape[-1]))
+
+
+def resized(table: Tensor, side: int, to: int) -> Tensor:
+    """A table of side x side rows at to x to positions: bilinear, outer edges coincide, clamped beyond the centres."""
+    at = [min(max((i + 0.5) * side / to - 0.5, 0.0), side - 1.0) for i in range(to)]
+    corners = [(int(p), min(int(p) + 1, side - 1), p - int(p)) for p in at]
+    return torch.stack(
+        [
+            (1 - u) * ((1 - v) * table[a * side + c] + v * table[a * side + d])
+            + u * ((1 - v) * table[b * side + c] + v * table[b * side + d])
+            for (a, b, u), (c, d, v) in product(corners, repeat=2)
+        ]
+    )
 
 
 def unmodified(size: int) -> Callable[[int, int], Hashable]:
@@ -193,6 +207,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("dilated", dict(window_size=2, dilation=3)),
     ("block_grid", dict(window_size=4, grid_size=4)),
     ("block_grid", dict(window_size=2, grid_size=3, relative_position_bias=False)),
+    ("block_grid", dict(window_size=4, grid_size=2, pretrained_window_size=3)),
     ("spatially_separable", dict(window_size=4, sr_ratio=4)),
     ("spatially_separable", dict(window_size=3, sr_ratio=2)),
     ("cross_shaped", dict(stripe_width=2)),
@@ -389,6 +404,7 @@ def test_groups_cut_and_join_every_token_once(size: tuple[int, int], shift: tupl
         ("cross_shaped", 1, {}, "num_heads=1 has no halves.*valid for dim=8: 2, 4, 8"),
         ("shifted_window", 2, {"window_size": 1}, "window_size=1.*>= 2"),
         ("block_grid", 2, {"grid_size": 1}, "grid_size=1.*>= 2"),
+        ("block_grid", 2, {"pretrained_window_size": 1}, "pretrained_window_size=1.*>= 2"),
         ("criss_cross", 2, {"qk_reduction": 3}, "qk_reduction=3.*valid: 1, 2, 4"),
         ("dilated", 2, {"dilation": 0}, "dilation=0.*>= 1"),
         ("criss_cross", 2, {"impl": "sdpa"}, "'sdpa' is not one of: auto, reference"),
