@@ -75,8 +75,9 @@ class DeformableAttention(Attention):
     equation = "softmax(q k̃ᵀ/√d + B) ṽ over tokens sampled at reference points plus offsets"
     left_open = "offset range, reference points: as the code of 2023 (options: the paper, the code of 2022)"
     departs = (
-        "a side of one point has it in the middle (theirs divides by zero); fixed points are sampled and keep the bias "
-        "(theirs averages squares, without bias); kernel = stride is padded; one kv layer; no dwc_pe, fixed_pe, log_cpb"
+        "a side of one point has it in the middle (the code of 2023 divides by zero); fixed points are sampled and "
+        "keep the bias (theirs averages squares, without bias); kernel = stride is padded; one kv layer; no dwc_pe, "
+        "fixed_pe, log_cpb"
     )
     impls = ("reference", "sdpa")
     exponent = 2
