@@ -39,9 +39,9 @@ class AggregatedAttention(Attention):
     The published code for classification is built for one resolution; here, as in that for dense prediction, positions
     and lengths follow the grid. Both need sides of at least sr_ratio, or longer than a fixed pooled grid's, and divide
     by zero for a side of one token; here a side keeps at least one pooled token, and that token's coordinate is 0. The
-    code evaluates the position network at distinct relative positions; so does this, but where
-    pooling is uneven also at those between. There is no fused implementation: fused attention would copy the pooled
-    keys for each query, since the window's keys differ from query to query.
+    code evaluates the position network at distinct relative positions; so does this, but where pooling is uneven also
+    at those between. There is no fused implementation: fused attention would copy the pooled keys for each query,
+    since the window's keys differ from query to query.
 
     Args:
         sr_ratio: tokens per pooled token and side, rounded down to a whole number of them; published: 8, 4, 2, 1.
@@ -53,7 +53,7 @@ class AggregatedAttention(Attention):
         position_bias: computed at the grid's positions, or computed for one grid and interpolated bilinearly over keys
             and queries, as the published code for dense prediction does by default.
         bias_size: tokens per side of the grid that an interpolated bias is computed for; None: pretrained_size.
-            Published for dense prediction: 200, 100, 50, 25 by stage, with pretrained_size 56, 28, 14, 7.
+            Published for Mask R-CNN and UPerNet: 200, 100, 50, 25 by stage, with pretrained_size 56, 28, 14, 7.
         qkv_bias: whether the projections to q, k and v have a bias.
 
     Attributes:
