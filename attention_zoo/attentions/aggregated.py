@@ -36,11 +36,12 @@ class AggregatedAttention(Attention):
     bias, without window, learned tokens and pooling. There the last bias of the position network cancels in the
     softmax and is omitted.
 
-    The published code is built for one resolution; here positions and lengths follow the grid. It needs sides of at
-    least sr_ratio, and divides by zero for a side of one token; here a side keeps at least one pooled token, and that
-    token's coordinate is 0. It evaluates the position network at distinct relative positions; so does this, but where
-    pooling is uneven also at those between. There is no fused implementation: fused attention would copy the pooled
-    keys for each query, since the window's keys differ from query to query.
+    The published code for classification is built for one resolution; here, as in that for dense prediction, positions
+    and lengths follow the grid. Both need sides of at least sr_ratio, or longer than a fixed pooled grid's, and divide
+    by zero for a side of one token; here a side keeps at least one pooled token, and that token's coordinate is 0. The
+    code evaluates the position network at distinct relative positions; so does this, but where pooling is uneven also
+    at those between. There is no fused implementation: fused attention would copy the pooled keys for each query,
+    since the window's keys differ from query to query.
 
     Args:
         sr_ratio: tokens per pooled token and side, rounded down to a whole number of them; published: 8, 4, 2, 1.
@@ -49,8 +50,10 @@ class AggregatedAttention(Attention):
             cost linear in the number of tokens (the published linear mode). No effect with sr_ratio 1.
         pretrained_size: tokens per side by which positions are normalised, as for a model trained at that size; None:
             the grid's.
-        position_bias: computed at the grid's positions, or computed for a grid of pretrained_size and interpolated
-            bilinearly over keys and queries, as the published code for dense prediction does by default.
+        position_bias: computed at the grid's positions, or computed for one grid and interpolated bilinearly over keys
+            and queries, as the published code for dense prediction does by default.
+        bias_size: tokens per side of the grid that an interpolated bias is computed for; None: pretrained_size.
+            Published for Mask R-CNN and UPerNet: 200, 100, 50, 25 by stage, with pretrained_size 56, 28, 14, 7.
         qkv_bias: whether the projections to q, k and v have a bias.
 
     Attributes:
@@ -58,7 +61,8 @@ class AggregatedAttention(Attention):
             least fp32. The published code computes them in fp32 for every input.
 
     Raises:
-        InvalidOption: window_size is even, or position_bias "interpolated" comes without pretrained_size.
+        InvalidOption: window_size is even, position_bias "interpolated" comes without pretrained_size, or bias_size
+            without position_bias "interpolated".
     """
 
     family = "pooled"
@@ -70,8 +74,8 @@ class AggregatedAttention(Attention):
         "interpolated"
     )
     departs = (
-        "any grid (theirs: one resolution, no side below sr_ratio); a bias without effect omitted at sr_ratio "
-        "1; 1x1 convolution is a Linear"
+        "any grid (theirs: one resolution, sides of 2 and sr_ratio or more, longer than pool_size); a bias without "
+        "effect omitted, separate q layer at sr_ratio 1; 1x1 convolution is a Linear"
     )
     exponent = 2
     minimal_options = {"sr_ratio": 2, "pretrained_size": 4}
@@ -89,6 +93,7 @@ class AggregatedAttention(Attention):
         pool_size: AtLeast1 | None = None,
         pretrained_size: Annotated[int, Range(2)] | None = None,
         position_bias: Literal["computed", "interpolated"] = "computed",
+        bias_size: AtLeast1 | None = None,
         qkv_bias: bool = True,
     ) -> None:
         super().__init__(dim, num_heads, impl)
@@ -96,9 +101,12 @@ class AggregatedAttention(Attention):
             raise InvalidOption(f"window_size={window_size} is even and has no middle; valid: an odd integer")
         if position_bias == "interpolated" and pretrained_size is None:
             raise InvalidOption("position_bias='interpolated' needs pretrained_size; valid: an integer >= 2")
+        if position_bias == "computed" and bias_size is not None:
+            raise InvalidOption(f"bias_size={bias_size} needs position_bias='interpolated'; valid otherwise: None")
         self.sr_ratio, self.window_size, self.pool_size = sr_ratio, window_size, pool_size
         self.exponent = 1 if pool_size and sr_ratio > 1 else 2
-        self.pretrained_size, self.interpolated = pretrained_size, position_bias == "interpolated"
+        self.pretrained_size = pretrained_size
+        self.bias_size = (bias_size or pretrained_size) if position_bias == "interpolated" else None
         head_dim = dim // num_heads
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
@@ -168,9 +176,9 @@ class AggregatedAttention(Attention):
         return (inside.sum(dim=1, keepdim=True) + keys.shape[2]).to(exact).log().to(dtype)
 
     def _bias(self, grid: tuple[int, int], keys: tuple[int, int], dtype: torch.dtype) -> Float[Tensor, "m n s"]:
-        if not self.interpolated or self.pretrained_size is None:
+        if self.bias_size is None:
             return self._computed_bias(grid, keys).to(dtype)
-        trained = self.pretrained_size, self.pretrained_size
+        trained = self.bias_size, self.bias_size
         pooled = self._pooled_size(*trained)
         bias = rearrange(self._computed_bias(trained, pooled), "m n (y x) -> m n y x", y=pooled[0])
         bias = F.interpolate(bias, keys, mode="bilinear")
@@ -199,8 +207,8 @@ class AggregatedAttention(Attention):
         n, keys = height * width, self._pooled_size(height, width)
         pooled = keys[0] * keys[1]
         grid = (height, width)
-        if self.interpolated and self.pretrained_size is not None:
-            grid = self.pretrained_size, self.pretrained_size
+        if self.bias_size is not None:
+            grid = self.bias_size, self.bias_size
             keys = self._pooled_size(*grid)
         positions = _half_steps(grid[0], keys[0])[2] * _half_steps(grid[1], keys[1])[2]
         cost = Macs(

@@ -44,13 +44,14 @@ class DeformableAttention(Attention):
     shifted points, factor -1, the bias in every stage. DAT-T of 2022 uses ``reference_points="centres",
     offset_range_factor=2, stride=1``, in its last two stages only, with 3 and 6 groups.
 
-    The code of 2022 refuses, with its bias, a stride above 1 and grids other than the one it is built for, and, in its
-    first version, a stage that has none of 7, 12, 14, 24, 28, 48, 56, 96 tokens on a side. There a factor of 0 leaves
-    offsets as they are, and -1 takes the tanh of the displaced points instead of clamping them; no model has either.
-    The code of 2023 divides by zero for a side of one token or point; here that point is in the middle. It does not
-    pad for a kernel equal to the stride, which no model has. Both have ceil(side / stride) points, as here. For fixed
-    points (no_off) the code of 2023 averages squares of stride x stride tokens, drops the bias and refuses a grid that
-    the stride does not divide; factor 0 here samples, and keeps the bias.
+    The code of 2022 refuses, with its bias, grids other than the one it is built for, and, in its first version, a
+    stage that has none of 7, 12, 14, 24, 28, 48, 56, 96 tokens on a side. There a factor of 0 leaves offsets as they
+    are, and -1 takes the tanh of the displaced points instead of clamping them; no model has either. The code of 2023
+    divides by zero for a side of one token or point (a clamped point is then at the far border); here that point is in
+    the middle. It does not pad for a kernel equal to the stride, which no model has. Both have ceil(side / stride)
+    points, as here. For fixed points (no_off) the code of 2023 averages squares of stride x stride tokens, drops the
+    bias and refuses a grid that the stride does not divide; factor 0 here samples, and keeps the bias. Three other
+    position encodings of the code of 2023 (dwc_pe, fixed_pe, log_cpb), which no published model has, are left out.
 
     Args:
         stride: tokens per reference point and side, r in the paper.
@@ -74,8 +75,9 @@ class DeformableAttention(Attention):
     equation = "softmax(q k̃ᵀ/√d + B) ṽ over tokens sampled at reference points plus offsets"
     left_open = "offset range, reference points: as the code of 2023 (options: the paper, the code of 2022)"
     departs = (
-        "a side of one point has it in the middle (theirs divides by zero); fixed points are sampled and keep the bias "
-        "(theirs averages squares, without bias); kernel = stride is padded"
+        "a side of one point has it in the middle (the code of 2023 divides by zero); fixed points are sampled and "
+        "keep the bias (theirs averages squares, without bias); kernel = stride is padded; one kv layer; no dwc_pe, "
+        "fixed_pe, log_cpb"
     )
     impls = ("reference", "sdpa")
     exponent = 2

@@ -17,9 +17,9 @@ class LePEAttention(FullAttention):
     """Full attention plus a depthwise convolution of its input, before the output projection; topk = -2.
 
     LePE was published as a convolution of the values (CSWin: softmax(q k^T / sqrt(d)) v + DWConv(v), kernel 3).
-    BiFormer's Block convolves the attention's input instead (kernel 5), which is the default here. CSWin's code does
-    this in stripes (``cross_shaped``); its last stage has a single stripe, which is ``lepe_of="values"`` with
-    side_dwconv 3 and qkv_bias.
+    BiFormer's Block convolves the attention's input instead (kernel 5), which is the default here; its authors' later
+    version for NCHW convolves the values. CSWin's code does this in stripes (``cross_shaped``); its last stage has a
+    single stripe, which is ``lepe_of="values"`` with side_dwconv 3 and qkv_bias.
 
     Args:
         side_dwconv: kernel of the depthwise convolution, odd; 0: none.

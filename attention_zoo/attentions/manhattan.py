@@ -28,7 +28,8 @@ class ManhattanAttention(Attention):
     distance to the scores, that is, normalises again after the multiplication, and its authors say that this is meant
     (issue 21 of their repository). The code is the default; ``normalise_decay`` chooses. The code also rotates queries
     and keys by their position, as RetNet does. A position is a row-major index, so the rotation depends on the grid's
-    width. The published projections to q, k and v are three layers; here they are one.
+    width. An odd number of channels per head fails there, too. The published projections to q, k and v are three
+    layers; here they are one.
 
     Args:
         decomposed: along the axes in turn instead of over the whole grid; published: in the first three of four stages
@@ -56,7 +57,7 @@ class ManhattanAttention(Attention):
         "normalise before or after decay: after, as the code; rotation of q, k: on; g: 1 - 2^-(2 + 4 "
         "head/heads)"
     )
-    departs = "one qkv layer; tables not rounded to fp32; an odd number of channels per head refused while rotary"
+    departs = "one qkv layer; tables not rounded to fp32"
     impls = ("reference", "sdpa")
     minimal_options = {"lce_kernel": 3}
     by_stage = {"decomposed": (True, True, True, False), "decay_range": (4, 4, 6, 6)}

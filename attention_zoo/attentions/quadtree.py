@@ -47,20 +47,22 @@ class QuadtreeAttention(Attention):
     GroupNorm, GELU, a 2x2 convolution of stride 2, GroupNorm, GELU and a 1x1 convolution, where GroupNorm has one group
     and so the statistics of the whole grid. It adds to each message LePE, a 3x3 depthwise convolution of that level's
     values. The authors' module for feature matching averages values and has no LePE and no bias:
-    ``value_pooling="average", lepe=False, qkv_bias=False``, with 3 levels. Their backbone for detection has ReLU
-    instead of GELU, and a topk of 32.
+    ``value_pooling="average", lepe=False, qkv_bias=False``, with 3 levels and coarsest_topk 16. Their backbone for
+    detection has ReLU instead of GELU, and a topk of 32.
 
     The authors' code refuses a grid that 2 ** (levels - 1) does not divide, and one whose coarsest grid has fewer than
-    topk tokens. Here a level has ceil(side / 2) tokens per side: averages are of the tokens that there are, the 2x2
-    convolution reads zeros beyond the border, and no query attends to padding. A grid too small for ``levels`` has as
-    many as fit its shorter side, without the coarsest ones. ``sdpa`` fuses only the finest level: the topk needs the
-    scores of the others. The cost is quadratic in the coarsest grid only: with four levels and topk 8, that part
-    exceeds the others from 415 tokens per side.
+    topk tokens, also with one level. It computes in fp32 whatever the input, and its kernels hold at most 8 heads. Here
+    a level has ceil(side / 2) tokens per side: averages are of the tokens that there are, the 2x2 convolution reads
+    zeros beyond the border, and no query attends to padding. A grid too small for ``levels`` has as many as fit its
+    shorter side, without the coarsest ones. ``sdpa`` fuses only the finest level: the topk needs the scores of the
+    others. The cost is quadratic in the coarsest grid only: with four levels and topk 8, that part exceeds the others
+    from 415 tokens per side.
 
     Args:
         levels: number of grids from coarse to fine; published: 4, 3, 2, 1 by stage.
         topk: keys selected per query, at most all of them; only their children are keys of the next level. Published:
             8 in every level and stage.
+        coarsest_topk: topk of the coarsest level; None: topk.
         value_pooling: how the values of a level become those of the next coarser one.
         activation: of the learned pooling.
         lepe: add the convolution of the values.
@@ -74,7 +76,10 @@ class QuadtreeAttention(Attention):
     left_open = (
         "pooling of the values: learned, as the backbone's code; padding: masked; small grids: fewer levels, all keys"
     )
-    departs = "nothing where it runs; it refuses grids that 2^(levels - 1) does not divide or with too few coarse keys"
+    departs = (
+        "one qkv layer; computes in the input's dtype (theirs: fp32, at most 8 heads); any grid (theirs: sides that "
+        "2^(levels - 1) divides, topk coarse tokens or more)"
+    )
     impls = ("reference", "sdpa")
     exponent = 2
     minimal_options = {"levels": 2, "topk": 2}
@@ -88,13 +93,14 @@ class QuadtreeAttention(Attention):
         *,
         levels: AtLeast1 = 4,
         topk: AtLeast1 = 8,
+        coarsest_topk: AtLeast1 | None = None,
         value_pooling: Literal["learned", "average"] = "learned",
         activation: Literal["gelu", "relu"] = "gelu",
         lepe: bool = True,
         qkv_bias: bool = True,
     ) -> None:
         super().__init__(dim, num_heads, impl)
-        self.levels, self.topk = levels, topk
+        self.levels, self.topk, self.coarsest_topk = levels, topk, coarsest_topk or topk
         self.scale = (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -178,7 +184,8 @@ class QuadtreeAttention(Attention):
             if level == len(pyramid) - 1:
                 yield softmax_attention(q, k, v, self.scale, bias, impl)
             else:
-                message, best = self._message_and_best(q, k, v, bias, index)
+                topk = self.topk if level else self.coarsest_topk
+                message, best = self._message_and_best(q, k, v, bias, index, topk)
                 yield message
 
     def _message_and_best(
@@ -188,12 +195,13 @@ class QuadtreeAttention(Attention):
         v: Float[Tensor, "b m p k d"],
         bias: Float[Tensor, "..."] | None,
         index: Int[Tensor, "#b #m p k"],
+        topk: int,
     ) -> tuple[Float[Tensor, "b m p s d"], Int[Tensor, "b m n best"]]:
         """The message of a level, and for each of its queries the topk keys to refine at the next level."""
         scores = (q * self.scale) @ k.transpose(-2, -1)
         if bias is not None:
             scores = scores + bias
-        chosen = scores.detach().topk(min(self.topk, scores.shape[-1]), dim=-1).indices
+        chosen = scores.detach().topk(min(topk, scores.shape[-1]), dim=-1).indices
         best = torch.gather(index[..., None, :].expand(scores.shape), -1, chosen)
         return torch.softmax(scores, dim=-1) @ v, rearrange(best, "b m p s k -> b m (p s) k")
 
@@ -233,8 +241,8 @@ class QuadtreeAttention(Attention):
         """Keys per query of each level, coarsest first."""
         depth = self.depth(height, width)
         keys = [-(-height // 2**depth) * -(-width // 2**depth)]
-        for _ in range(depth):
-            keys.append(4 * min(self.topk, keys[-1]))
+        for level in range(depth):
+            keys.append(4 * min(self.topk if level else self.coarsest_topk, keys[-1]))
         return keys
 
 

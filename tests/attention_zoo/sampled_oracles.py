@@ -211,6 +211,7 @@ def quadtree_oracle(
     *,
     topk: int,
     levels: int,
+    coarsest_topk: int | None = None,
     learned: bool = True,
     lepe: bool = True,
     activation: Callable[[Tensor], Tensor] = gelu,
@@ -243,6 +244,7 @@ def quadtree_oracle(
             if lepe:
                 message = message + depthwise(state, f"py_att.get_vs.{kept + level}", c, y, z)[part]
             out[y * cell : (y + 1) * cell, z * cell : (z + 1) * cell, part] += weight[level] * message
-            looking[y, z, head] = [keys[i] for i in scores.argsort(descending=True)[:topk].tolist()]
+            kept_keys = topk if level or coarsest_topk is None else coarsest_topk
+            looking[y, z, head] = [keys[i] for i in scores.argsort(descending=True)[:kept_keys].tolist()]
         looked_at = looking
     return linear(state, "proj", out)

@@ -142,9 +142,9 @@ def pooled_side(module: Any, length: int) -> int:
 
 
 def pool_bias(module: Any, height: int, width: int) -> dict[tuple[Place, Place], Tensor]:
-    """The bias of every token and pooled token, at the grid's positions or interpolated from those in training."""
-    grid, trained = (height, width), (module.pretrained_size,) * 2
-    evaluated = trained if module.interpolated else grid
+    """The bias of every token and pooled token, at the grid's positions or interpolated from those of one grid."""
+    grid, trained = (height, width), (module.bias_size,) * 2
+    evaluated = trained if module.bias_size else grid
     pools = [spans(side, pooled_side(module, side)) for side in evaluated]
     middles = [[sum(span) / len(span) for span in axis] for axis in pools]
     values = {
@@ -156,7 +156,7 @@ def pool_bias(module: Any, height: int, width: int) -> dict[tuple[Place, Place],
         for at in places(*evaluated)
         for (i, y), (j, z) in product(enumerate(middles[0]), enumerate(middles[1]))
     }
-    if not module.interpolated:
+    if not module.bias_size:
         return values
     keys = [pooled_side(module, side) for side in grid]
     result = {}

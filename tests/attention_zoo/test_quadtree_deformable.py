@@ -172,6 +172,17 @@ def test_quadtree_of_feature_matching_token_by_token(
     assert_equal(module, oracle, image(*grid, batch=1))
 
 
+@pytest.mark.parametrize("impl", get("quadtree").impls)
+@pytest.mark.parametrize(("topk", "coarsest"), [(2, 4), (3, 1)])
+def test_the_coarsest_level_has_a_topk_of_its_own(topk: int, coarsest: int, impl: str) -> None:
+    state = drawn(quadtree_shapes(3, bias=False))
+    chosen = {"topk": topk, "coarsest_topk": coarsest, "value_pooling": "average", "lepe": False, "qkv_bias": False}
+    module = loaded(made("quadtree", impl, levels=3, **chosen), quadtree_from(state, False, False))
+    oracle = partial(quadtree_oracle, state, topk=topk, coarsest_topk=coarsest, levels=3, learned=False, lepe=False)
+    assert_equal(module, oracle, image(8, 12, batch=1))
+    assert module.kv_tokens_per_query(8, 12) == 6 + 4 * coarsest + 4 * topk
+
+
 def test_quadtree_of_detection_has_relu() -> None:
     state = drawn(quadtree_shapes(3))
     module = loaded(made("quadtree", levels=3, topk=3, activation="relu"), quadtree_from(state))
@@ -183,7 +194,8 @@ def test_quadtree_stages_are_the_published() -> None:
     assert get("quadtree").by_stage == {"levels": (4, 3, 2, 1)}
     defaults = {name: option.default for name, option in options("quadtree").items()}
     assert defaults == {
-        "levels": 4, "topk": 8, "value_pooling": "learned", "activation": "gelu", "lepe": True, "qkv_bias": True
+        "levels": 4, "topk": 8, "coarsest_topk": None, "value_pooling": "learned", "activation": "gelu", "lepe": True,
+        "qkv_bias": True,
     }  # fmt: skip
     for side, levels in zip((56, 28, 14, 7), (4, 3, 2, 1), strict=True):
         module = build("quadtree", dim=DIM, num_heads=HEADS, levels=levels)

@@ -38,6 +38,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"sr_ratio": 1},
         {"sr_ratio": 2, "pretrained_size": 5, "position_bias": "interpolated"},
         {"sr_ratio": 1, "pretrained_size": 3, "position_bias": "interpolated"},
+        {"sr_ratio": 2, "pretrained_size": 3, "position_bias": "interpolated", "bias_size": 7},
     ],
     "super_token": [
         {"super_token_size": 2},
@@ -214,6 +215,7 @@ def test_a_detached_association_changes_gradients_only() -> None:
         ("cosine_window", {"pretrained_window_size": 1}, "valid: an integer >= 2, none"),
         ("aggregated", {"window_size": 4}, "window_size=4 is even"),
         ("aggregated", {"position_bias": "interpolated"}, "needs pretrained_size; valid: an integer >= 2"),
+        ("aggregated", {"bias_size": 9}, "bias_size=9 needs position_bias='interpolated'"),
         ("super_token", {"super_token_size": 1, "refine": "none"}, "valid refine: attention, conv"),
     ],
 )

@@ -80,10 +80,13 @@ class BiLevelRoutingAttention(Attention):
     attends_to = "its region's topk most related regions"
     citation = "Zhu et al., BiFormer: Vision Transformer with Bi-Level Routing Attention, CVPR 2023, arXiv 2303.08810"
     equation = "regions choose topk regions by q_r k_rᵀ; softmax(q kᵀ/√d) v over their tokens + LePE(v)"
-    left_open = "grids that n_win does not divide: refused, or padded and masked by options"
+    left_open = (
+        "grids that n_win does not divide: refused, or padded before the projection, as the first code (the later one "
+        "for NCHW: after it), and masked by an option"
+    )
     departs = (
-        "kv_downsample_mode conv and fracpool, announced and never published; coarse_gate and "
-        "per_token_routing are other papers'"
+        "kv_downsample_mode conv and fracpool, diff_routing without soft_routing, announced and never published; "
+        "coarse_gate and per_token_routing are other papers'"
     )
     impls = ("reference", "flex", "sdpa", "triton")
     minimal_options = {"n_win": 2, "topk": 1, "side_dwconv": 3}
