@@ -129,8 +129,9 @@ def transfer(results: Results) -> None:
 def options(results: Results) -> None:
     """Table: BRA with each routing option."""
     result = settings(results, "capability_bra")
-    result = result.sort_values("topk", kind="stable")
     result = result.assign(options=result["options"].fillna("topk=4, as by default"))
+    by_topk = result["options"].str.startswith("topk=")
+    result = pd.concat([result[by_topk].sort_values("topk"), result[~by_topk]])
     wide = {
         f"{task}, %": result[result["task"] == task].set_index("options").apply(_with_range, axis=1)
         for task in ORDER if (result["task"] == task).any()
