@@ -89,11 +89,15 @@ class Configurations:
 
 
 def usual_options(rows: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """Per attention, the options that most rows of the resolution sweep have; of other sweeps where that has none."""
+    """Per attention, the options that most rows of the resolution sweep have; of other sweeps where that has none.
+
+    Of the device that measured it last: defaults may have changed since another did.
+    """
     result: dict[str, dict[str, str]] = {}
     for name, of_name in rows.groupby("name"):
         part = of_name[of_name["sweep"] == "resolution"]
         part = part if len(part) else of_name
+        part = part[part["device_name"] == part.sort_values("started_at")["device_name"].iloc[-1]]
         modes = {option: part[option].dropna().mode() for option in OPTION_COLUMNS}
         result[str(name)] = {option: _text(values.iloc[0]) for option, values in modes.items() if len(values)}
     return result

@@ -16,7 +16,9 @@ from test_report import folder
 from ablations.analysis import run_summary
 from notebooks.explorer import page as explorer
 from notebooks.explorer.colours import on_dark
+from notebooks.explorer.configurations import usual_options
 from profiling.__main__ import parse
+from profiling.schema.row import validate
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -364,3 +366,11 @@ def test_the_browser_evaluates_forms_as_the_suite_does(browser: Any, tmp_path: P
             shown = opened.driver.execute_script(script, number, word, at)
             assert shown == pytest.approx(lattice.memory(entry, word, shape), rel=1e-12)
     assert opened.driver.execute_script(script, 0, next(iter(entries[0]["memory"])), at | {"heads": 7}) is None
+
+
+def test_usual_options_are_those_of_the_device_measured_last() -> None:
+    rows = [cell("resolution", "deformable", "forward", side, 1, 1.0, relative_position_bias=False, device_name="Old")
+            for side in (8, 16)]  # fmt: skip
+    newer = {"relative_position_bias": True, "device_name": "New", "started_at": "2026-02-02T00:00:00+00:00"}
+    rows.append(cell("resolution", "deformable", "forward", 8, 1, 1.0, **newer))
+    assert usual_options(validate(rows))["deformable"] == {"relative_position_bias": "true"}
