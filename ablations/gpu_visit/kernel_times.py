@@ -37,7 +37,7 @@ def kernels(work: Workload) -> dict[str, tuple[float, float]]:
         for _ in range(3):
             work.step()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
             for _ in range(STEPS):
                 work.step()
             torch.cuda.synchronize()

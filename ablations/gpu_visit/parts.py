@@ -25,7 +25,7 @@ from ablations.harness.local_runner import Launcher, Settings
 from ablations.harness.sweep import Sweep, Values, select
 from profiling.cases.case import Case
 from profiling.cases.workload import compile_in_process
-from profiling.execution import subprocess_runner
+from profiling.execution import environment, subprocess_runner
 from profiling.execution.benchmark import Job, measure
 from profiling.meters.correctness import check
 from profiling.meters.latency import QUICK, StoppingRule
@@ -39,8 +39,8 @@ TESTS = tuple(
     for name in ("bra_triton", "bra_triton_kernels", "bra_triton_operators", "kernels_on_device")
 )
 SWEEPS = "models,topk,kv_downsample,resolution,precision"
-TIMEOUT, TO_COMPILE = 60.0, 150.0
-"""Time limits in seconds: of a cell, and of a cell that is compiled."""
+TIMEOUT = 150.0
+"""Time limit of a cell in seconds, most of them for compilation."""
 AT_ONCE = 12
 """Number of processes that share the GPU while nothing is timed."""
 NEEDED = ("fvcore", "pandera", "jaxtyping", "einops", "rich", "submitit", "beartype", "pytest", "xdist", "pynvml")
@@ -137,12 +137,9 @@ def correctness(visit: Visit, seconds: float) -> str:
 
 
 def warm(visit: Visit, seconds: float) -> str:
-    """Compile every Triton and FlexAttention kernel once, so that cells load them from the caches on disk."""
-    cases = [case for sweep in _headline().values() for case in sweep.cases(visit.device, visit.device == "cpu")]
-    cases = [c for c in cases if "triton" in (c.impl, c.name) and not c.cuda_graph] + [
-        c for sweep in _compiled().values() for c in sweep.cases(visit.device) if c.impl == "flex"
-    ]
-    if not cases or visit.device == "cpu":
+    """Compile the Triton and FlexAttention kernels once, so that cells load them from the caches on disk."""
+    cases = _kernel_cases(visit.device)
+    if visit.device == "cpu":
         raise Skipped("a CPU compiles no kernels of these")
     ordered_cases = [cases[first::AT_ONCE] for first in range(min(AT_ONCE, len(cases)))]
     variables = visit.launcher.devices[0].variables
@@ -155,10 +152,18 @@ def warm(visit: Visit, seconds: float) -> str:
     return f"{sum(' ok ' in line for line in lines)} of {len(cases)} cases"
 
 
+def _kernel_cases(device: str) -> list[Case]:
+    """The cases of BRA's Triton kernels, those of models that use them, and those of FlexAttention."""
+    chosen = [("triton", _headline()), ("auto", select("models")), ("flex", _compiled())]
+    cases = [(impl, case) for impl, named in chosen for sweep in named.values() for case in sweep.cases(device)]
+    return [case for impl, case in cases if case.impl == impl and not case.cuda_graph]
+
+
 def run_once(cases: Iterable[Case]) -> list[str]:
     """Check each case as its cell does, and run one step of it; returns one line per case."""
     message = []
     compile_in_process()
+    torch.set_num_threads(environment.THREADS_BESIDE_GPU)
     for case in cases:
         start, how = time.perf_counter(), "ok"
         try:
@@ -186,7 +191,7 @@ def sweeps(visit: Visit, seconds: float) -> str:
 
 def compiled(visit: Visit, seconds: float) -> str:
     """Run the rest of bra_speed."""
-    return _launch(visit, seconds, _compiled(), TO_COMPILE)
+    return _launch(visit, seconds, _compiled())
 
 
 def kernels(visit: Visit, seconds: float) -> str:
@@ -218,10 +223,10 @@ def _part_of_bra_speed(include: Callable[[Values], bool]) -> dict[str, Sweep]:
     return {"bra_speed": replace(whole, keep=lambda values: whole.keep(values) and include(values))}
 
 
-def _launch(visit: Visit, seconds: float, chosen: dict[str, Sweep], timeout: float = TIMEOUT) -> str:
+def _launch(visit: Visit, seconds: float, chosen: dict[str, Sweep]) -> str:
     """Run sweeps as run_all.py does, each case once."""
     launcher = visit.launcher
-    sized = {name: replace(s, replicates=1, stopping=VISIT, timeout=timeout) for name, s in chosen.items()}
+    sized = {name: replace(s, replicates=1, stopping=VISIT, timeout=TIMEOUT) for name, s in chosen.items()}
     launcher.settings = replace(launcher.settings, minutes=seconds / 60)
     try:
         for cell, done, total in launcher.run(sized):

@@ -135,6 +135,8 @@ def prepare(job: Job) -> None:
         Unsupported: a CUDA graph is requested but unavailable here.
     """
     job.load()
+    if job.case.device == "cuda":
+        torch.set_num_threads(environment.THREADS_BESIDE_GPU)
     if job.case.cuda_graph:
         check_graphs(job.case.device)
     if job.case.may_compile:

@@ -1,6 +1,7 @@
 """The child's side of :mod:`profiling.execution.subprocess_runner`: run requests and report each one's outcome."""
 
 import ctypes
+import faulthandler
 import gc
 import os
 import pickle
@@ -14,6 +15,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
+SHOW_STACK = signal.SIGUSR1
 _asked_by: Connection | None = None
 """In a child: the caller to notify when it needs exclusive use of the device."""
 _spoiled = False
@@ -30,9 +32,10 @@ class Outcome:
     seconds: float = 0.0
 
 
-def serve(caller: Connection, environment: Mapping[str, str], kept: bool) -> None:
-    """In a child: process requests until there are no more."""
+def serve(caller: Connection, stack: Connection, environment: Mapping[str, str], kept: bool) -> None:
+    """In a child: process requests until there are no more; on SHOW_STACK, write the main thread's stack."""
     _die_with_parent()
+    faulthandler.register(SHOW_STACK, stack.fileno(), all_threads=False)
     os.environ.update(environment)
     with suppress(EOFError, OSError):
         while True:

@@ -9,6 +9,7 @@ import atexit
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -31,6 +32,14 @@ _BOOKKEEPING = threading.Lock()
 """Starting a process collects the exit status of others, so no other thread may wait for it meanwhile."""
 _RUNNING: set[BaseProcess] = set()
 _SERVERS: dict[FreedMemory, forkserver.ForkServer] = {}
+CALL = re.compile(r'File "(.+)", line (\d+) in (\S+)')
+"""A call in the stack that faulthandler writes."""
+LIBRARIES = (os.path.dirname(os.__file__), str(Path(__file__).parent), "<")
+"""Where paths of calls begin that the reason of a timeout does not name; nor those in site-packages elsewhere."""
+CALLS = 3
+"""Number of calls that the reason of a timeout names."""
+ANSWERS, PAUSE = 1.0, 0.1
+"""Seconds in which a child begins to show its stack, and after which it has ended."""
 HARMLESS = ("ok", "unsupported")
 """Statuses after which the process can run another call."""
 
@@ -163,6 +172,7 @@ class Worker:
             child.kill()
             child.join()
         self._pipe.close()
+        self._stack.close()
         return child.exitcode or 0
 
     def _started(self) -> BaseProcess:
@@ -171,11 +181,13 @@ class Worker:
             self.close()
         if self._child is None:
             self._pipe, theirs = _context.Pipe()
-            child = _context.Process(target=child_process.serve, args=(theirs, *self._given), daemon=True)
+            self._stack, stack = _context.Pipe(duplex=False)
+            child = _context.Process(target=child_process.serve, args=(theirs, stack, *self._given), daemon=True)
             with _BOOKKEEPING, _server(self._freed_memory):
                 child.start()
                 _RUNNING.add(child)
             theirs.close()
+            stack.close()
             self._child = child
         return self._child
 
@@ -196,8 +208,24 @@ class Worker:
             # A dying child's end of the pipe closes shortly before its exit status is available.
             wait([child.sentinel], clock.left())
         if answer is None and not wait([child.sentinel], 0):
-            return Outcome("timeout", reason=f"no result within {clock.timeout:g} s"), True
+            return Outcome("timeout", reason=f"no result within {clock.timeout:g} s{self._where(child)}"), True
         return answer or (None, True)
+
+    def _where(self, child: BaseProcess) -> str:
+        """Which calls the child is in now, innermost first, without those in libraries; empty if it does not answer."""
+        text = b""
+        with suppress(OSError):
+            if child.pid is not None:
+                os.kill(child.pid, child_process.SHOW_STACK)
+            # Plain text in pieces, not messages; nothing marks its end.
+            while wait([self._stack], PAUSE if text else ANSWERS) and (piece := os.read(self._stack.fileno(), 1 << 16)):
+                text += piece
+        calls = [call for call in CALL.findall(text.decode(errors="replace")) if not _of_library(call[0])]
+        return "".join(f", in {name} ({Path(file).name}:{line})" for file, line, name in calls[:CALLS])
+
+
+def _of_library(file: str) -> bool:
+    return file.startswith(LIBRARIES) or "site-packages" in file or "dist-packages" in file
 
 
 class _Clock:

@@ -60,7 +60,8 @@ def _write_snapshot(work: Workload, path: Path) -> None:
 def _profile(work: Workload, device: str, **detail: Any) -> profile:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     steps = schedule(wait=1, warmup=1, active=ACTIVE)
-    with work.settings(), profile(activities=activities, schedule=steps, **detail) as profiler:
+    # acc_events: without it, PyTorch 2.11 warns in every process. There is one cycle, so nothing accumulates.
+    with work.settings(), profile(activities=activities, schedule=steps, acc_events=True, **detail) as profiler:
         for _ in range(2 + ACTIVE):
             work.step()
             profiler.step()
@@ -70,7 +71,8 @@ def _profile(work: Workload, device: str, **detail: Any) -> profile:
 def sdpa_backend(step: Callable[[], object]) -> str | None:
     """Which fused kernel scaled_dot_product_attention runs in ``step``; None if it runs none (or is not called)."""
     # Profiled, because compiled code does not run under a dispatch mode.
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    # acc_events: as above.
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         step()
     prefix = "aten::_scaled_dot_product_"
     names = {event.name for event in profiler.events()}

@@ -190,6 +190,13 @@ def test_unknown_part_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "there is no 'none'; valid: preflight, correctness" in capsys.readouterr().err
 
 
+def test_kernels_of_layers_models_and_flex_are_compiled_first() -> None:
+    cases = parts._kernel_cases("cuda")
+    kinds = {(case.kind, case.impl) for case in cases}
+    assert kinds == {("attention", "triton"), ("model", "auto"), ("attention", "flex")}
+    assert not any(case.cuda_graph for case in cases)
+
+
 def test_compiled_kernels_are_packed_and_restored(tmp_path: Path, fake_parts: list[str]) -> None:
     here = tmp_path / "here"
     (here / "cache" / "triton" / "k").mkdir(parents=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import profiling
 from profiling.cases.case import Case
 from profiling.cases.workload import Mode
+from profiling.execution.benchmark import Job, prepare
 from profiling.meters import correctness
 from profiling.meters.operator_times import sdpa_backend
 from profiling.schema.row import COLUMNS
@@ -48,6 +49,16 @@ def test_measure_takes_any_module(mode: Mode) -> None:
     assert (
         0 < result["latency_p25_ms"] <= result["latency_p50_ms"] <= result["latency_p75_ms"] <= result["latency_p95_ms"]
     )
+
+
+@pytest.mark.parametrize(("device", "limits"), [("cuda", [1]), ("cpu", [])])
+def test_only_a_cell_on_a_gpu_limits_cpu_threads(
+    device: str, limits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    prepare(Job(Case("full", 4, 4, device=device)))
+    assert calls == limits
 
 
 def test_measure_works_without_fvcore() -> None:

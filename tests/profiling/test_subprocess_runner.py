@@ -200,6 +200,16 @@ def test_a_hang_ends_at_its_timeout() -> None:
     assert outcome.seconds >= 0.5
 
 
+def test_a_timeout_names_the_calls_it_is_in(tmp_path: Path) -> None:
+    (tmp_path / "slow_plugin.py").write_text(
+        "import time\ndef forward():\n    time.sleep(600)\ndef layer():\n    forward()\n"
+    )
+    source = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import slow_plugin; slow_plugin.layer()"
+    subprocess_runner.start()
+    reason = call(exec, source, timeout=1).reason
+    assert reason == "no result within 1 s, in forward (slow_plugin.py:3), in layer (slow_plugin.py:5)"
+
+
 def test_hang_with_closed_pipe_times_out() -> None:
     outcome = call(exec, "import os, time; os.closerange(3, 100); time.sleep(600)", timeout=0.5)
     assert outcome.status == "timeout"
