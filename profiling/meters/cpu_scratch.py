@@ -116,7 +116,8 @@ def peak_of(events: list[int]) -> int:
 
 def _probe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     func(*args, **kwargs)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: without it, PyTorch 2.11 warns in every process.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = func(*args, **kwargs)
     events = memory_events(profiler)
     del kept

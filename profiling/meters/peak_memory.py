@@ -157,7 +157,8 @@ def measure(work: Workload, warm: bool = False) -> Memory:
 def _measure_cpu(work: Workload) -> Memory:
     base = work.base_bytes()
     _forget_gradients(work)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: without it, PyTorch 2.11 warns in every process.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work.step()
     return Memory(base, base + peak_of(memory_events(profiler)))
 
