@@ -63,7 +63,7 @@ def add(command: Parser) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="its folder; a second run resumes")
     command.add_argument("--take", type=Path, metavar="DIR", help="where to put visit.tar.gz (default: --out)")
     command.add_argument("--device", choices=CHOICES["device"], default="cuda", help="cpu: a rehearsal")
-    command.add_argument("--parts", default=",".join(PARTS), metavar="NAME,...", help=f"of {', '.join(PARTS)}")
+    command.add_argument("--parts", default=",".join(PARTS), metavar="NAME,...", help=f"in this order, of {', '.join(PARTS)}")
     command.add_argument(
         "--static-analysis", type=Path, metavar="FILE", help="what python -m ablations prepare has counted"
     )
@@ -97,11 +97,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def visit_all(visit: Visit, chosen: Sequence[str], until: float, take: Path) -> bool:
-    """Run the chosen parts until monotonic ``until``, without finished ones if all are chosen; whether none failed."""
+    """Run the chosen parts until monotonic ``until``, in this order after those that decide; whether none failed.
+
+    If all parts are chosen, finished ones do not run again.
+    """
     fine, done = True, visit.out / "done"
     before = set(done.read_text().split()) if done.exists() else set()
-    for name in PARTS:
-        if name not in chosen or (name in before and len(chosen) == len(PARTS)):
+    for name in sorted(dict.fromkeys(chosen), key=lambda name: not PARTS[name].decides):
+        if name in before and len(chosen) == len(PARTS):
             continue
         if (seconds := min(PARTS[name].seconds, until - time.monotonic())) < LEAST:
             print(f"{name}: no time is left", flush=True)

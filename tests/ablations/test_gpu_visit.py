@@ -152,7 +152,8 @@ def test_every_part_is_logged_and_not_repeated(
     with tarfile.open(tmp_path / "visit.tar.gz") as tar:
         assert {f"log/{name}.txt" for name in PARTS} <= set(tar.getnames())
     assert visit(tmp_path) == 0 and fake_parts == list(PARTS)
-    assert visit(tmp_path, "--parts", "tiles,kernels") == 0 and fake_parts[len(PARTS) :] == ["kernels", "tiles"]
+    assert visit(tmp_path, "--parts", "tiles,kernels,preflight") == 0
+    assert fake_parts[len(PARTS) :] == ["preflight", "tiles", "kernels"]
 
 
 @pytest.mark.parametrize(("name", "stops"), [("correctness", True), ("headline", False)])
