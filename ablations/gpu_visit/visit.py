@@ -63,7 +63,9 @@ def add(command: Parser) -> None:
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="its folder; a second run resumes")
     command.add_argument("--take", type=Path, metavar="DIR", help="where to put visit.tar.gz (default: --out)")
     command.add_argument("--device", choices=CHOICES["device"], default="cuda", help="cpu: a rehearsal")
-    command.add_argument("--parts", default=",".join(PARTS), metavar="NAME,...", help=f"in order, of {', '.join(PARTS)}")
+    command.add_argument(
+        "--parts", default=",".join(PARTS), metavar="NAME,...", help=f"in this order, of {', '.join(PARTS)}"
+    )
     command.add_argument(
         "--static-analysis", type=Path, metavar="FILE", help="what python -m ablations prepare has counted"
     )
