@@ -40,7 +40,7 @@ TESTS = tuple(
 )
 SWEEPS = "models,topk,kv_downsample,resolution,precision"
 TIMEOUT = 150.0
-"""Time limit of a cell in seconds, most of them for compilation."""
+"""Time limit of a cell in seconds; torch.compile takes most of it."""
 AT_ONCE = 12
 """Number of processes that share the GPU while nothing is timed."""
 NEEDED = ("fvcore", "pandera", "jaxtyping", "einops", "rich", "submitit", "beartype", "pytest", "xdist", "pynvml")

@@ -98,8 +98,12 @@ def _copied(call: Call) -> int:
     return 0
 
 
-def memory_events(profiler: profile) -> list[int]:
-    """Bytes of every allocation (positive) and release (negative) recorded by a profiler with profile_memory."""
+def memory_events(call: Callable[[], object]) -> list[int]:
+    """Bytes of every allocation (positive) and release (negative) within ``call()``; its result is kept."""
+    # acc_events: without it, PyTorch 2.11 warns in every process.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        kept = call()
+    del kept
     kineto: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     events = [event for event in kineto.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
@@ -116,11 +120,7 @@ def peak_of(events: list[int]) -> int:
 
 def _probe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     func(*args, **kwargs)
-    # acc_events: without it, PyTorch 2.11 warns in every process.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        kept = func(*args, **kwargs)
-    events = memory_events(profiler)
-    del kept
+    events = memory_events(lambda: func(*args, **kwargs))
     return peak_of(events) - sum(events)
 
 

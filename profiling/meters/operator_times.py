@@ -70,8 +70,7 @@ def _profile(work: Workload, device: str, **detail: Any) -> profile:
 
 def sdpa_backend(step: Callable[[], object]) -> str | None:
     """Which fused kernel scaled_dot_product_attention runs in ``step``; None if it runs none (or is not called)."""
-    # Profiled, because compiled code does not run under a dispatch mode.
-    # acc_events: without it, PyTorch 2.11 warns in every process.
+    # Profiled, because compiled code does not run under a dispatch mode. acc_events: as in _profile.
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
         step()
     prefix = "aten::_scaled_dot_product_"

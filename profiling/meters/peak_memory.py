@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -157,10 +156,7 @@ def measure(work: Workload, warm: bool = False) -> Memory:
 def _measure_cpu(work: Workload) -> Memory:
     base = work.base_bytes()
     _forget_gradients(work)
-    # acc_events: without it, PyTorch 2.11 warns in every process.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        work.step()
-    return Memory(base, base + peak_of(memory_events(profiler)))
+    return Memory(base, base + peak_of(memory_events(work.step)))
 
 
 def _measure_cuda(work: Workload) -> Memory:

@@ -206,8 +206,8 @@ def test_a_timeout_names_the_calls_it_is_in(tmp_path: Path) -> None:
     )
     source = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import slow_plugin; slow_plugin.layer()"
     subprocess_runner.start()
-    reason = call(exec, source, timeout=1).reason
-    assert reason == "no result within 1 s, in forward (slow_plugin.py:3), in layer (slow_plugin.py:5)"
+    reason = call(exec, source, timeout=3).reason
+    assert reason == "no result within 3 s, in forward (slow_plugin.py:3), in layer (slow_plugin.py:5)"
 
 
 def test_hang_with_closed_pipe_times_out() -> None:
