@@ -104,7 +104,7 @@ def memory_events(call: Callable[[], object]) -> list[int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = call()
     del kept
-    kineto: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    kineto: Any = profiler.profiler.kineto_results
     events = [event for event in kineto.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
