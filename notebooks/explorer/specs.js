@@ -29,18 +29,19 @@ function bytesExpression() {
     `datum.value >= pow(2, 20) ? ${unit("MiB", 20)} : ${unit("KiB", 10)}`;
 }
 
-// Shapes of the asked aspect ratio, from the smallest to the largest side that is predicted.
+// Shapes of the asked aspect ratio, from the smallest to the largest whose sides are predicted.
 function sampledShapes(at) {
   const [low, high] = ranges.side;
   const ratio = Math.sqrt(at.height / at.width);
+  const longer = Math.max(ratio, 1 / ratio);
+  const [first, last] = [low * longer, high / longer];
   const shapes = new Map();
-  for (let number = 0; number < SAMPLES; number += 1) {
-    const side = low * (high / low) ** (number / (SAMPLES - 1));
+  for (let number = 0; number < SAMPLES && first <= last; number += 1) {
+    const side = first * (last / first) ** (number / (SAMPLES - 1));
     const step = side > 56 ? 28 : 4;
-    const height = Math.round((side * ratio) / step) * step;
-    const width = Math.round(side / ratio / step) * step;
-    const inside = [height, width].every((value) => value >= low && value <= high);
-    if (inside) shapes.set(`${height}x${width}`, { ...at, height, width });
+    const within = (value) => Math.min(Math.max(Math.round(value / step), Math.ceil(low / step)), Math.floor(high / step)) * step;
+    const [height, width] = [within(side * ratio), within(side / ratio)];
+    shapes.set(`${height}x${width}`, { ...at, height, width });
   }
   shapes.set(`${at.height}x${at.width}`, { ...at });
   return [...shapes.values()].sort((a, b) => sideOf(a) - sideOf(b));

@@ -325,6 +325,15 @@ def test_the_pinned_command_measures_the_pinned_configuration(opened: Opened) ->
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("shape", ["", "height=112&width=56"])
+def test_predicted_lines_reach_the_end_of_the_range_and_have_names_there(opened: Opened, shape: str) -> None:
+    opened.open(shape)
+    assert max(opened.driver.execute_script("return sampledShapes(state).map((one) => one.height)")) == 1024 // 28 * 28
+    labels = opened.driver.execute_script("return drawn.charts[0].result.view.data('labels').map((one) => one.name)")
+    assert {"full", "window"} <= {*labels}
+
+
+@pytest.mark.browser
 def test_failed_cells_have_their_reason_in_a_table(opened: Opened) -> None:
     opened.open()
     assert "needs 32.0 GiB, <1> GiB is free" in opened.text("#failures tbody")
