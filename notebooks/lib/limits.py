@@ -104,11 +104,12 @@ def limits(results: Results) -> pd.DataFrame:
 
 
 def failures(results: Results) -> None:
-    """Table: every cell that failed, in any sweep, and why."""
+    """Table: every cell that failed, in any sweep, and why; without columns that are empty for all."""
     failed = results.rows[~results.rows["status"].isin(("ok", "predicted"))]
-    columns = ["sweep", "name", "impl_requested", "mode", "height", "width", "n_win", "topk", "status", "reason"]
+    columns = ["sweep", "name", "attention", "impl_requested", "mode", "batch", "height", "width", "n_win", "topk",
+               "status", "reason"]  # fmt: skip
     if len(failed):
-        say(markdown(failed[columns].astype(object).fillna("")))
+        say(markdown(failed[columns].dropna(axis="columns", how="all").astype(object).fillna("")))
     elif len(results.rows):
         say("No cell failed.")
 

@@ -50,12 +50,11 @@ kernels work on copies that no rule covers.
   others ran, other programs used it. The 95 % interval of the median became narrower than 2 % (`latency_stop` is
   `converged`) in two thirds of the rows of `precision` and in few of the others, where the time limit ended sampling.
   Ratios within a sweep are usable, single latencies of the sweeps that were disturbed are not. Of `stl` the forward
-  pass is timed, and training predicted. `capability` is of 25
-  attentions, 6 tasks and 3 seeds. The steps of `recall` (500, 800, then 1200), `count` (600, then 900), `offset`
-  (700, then 1000) and `match_digits` (1200, then 2000) were raised until full attention learned them with every seed;
-  `capability_pilot` is of the first steps. `connect` is not learned by full attention, and better by a convolution
-  (90 %): it does not measure what it is for. Some trainings, such as those of `linear` and `dilated` at `recall`,
-  leave the plateau late or not at all: see the range over seeds.
+  pass is timed, and training predicted. `capability` is of 25 attentions, 6 tasks and 3 seeds. The steps of `recall`
+  (500, 800, then 1200), `count` (600, then 900), `offset` (700, then 1000) and `match_digits` (1200, then 2000) were
+  raised until full attention learned them with every seed; `capability_pilot` is of the first steps. `connect` is not
+  learned by full attention, and better by a convolution (90 %): it does not measure what it is for. Some trainings,
+  such as those of `linear` and `dilated` at `recall`, leave the plateau late or not at all: see the range over seeds.
 - `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;
   `resolution`, `precision` and `stl` are not measured yet. One process a cell. The kernels of `impl="triton"` have
   changed since. Predictions were computed again on 2026-11-28 by mended rules, except for training by

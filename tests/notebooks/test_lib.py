@@ -33,6 +33,16 @@ def test_device_memory_is_assumed_and_labelled_without_an_oom_row() -> None:
     assert limits.device_memory(plots.Results(rows[rows["status"] == "ok"])) == (24 * 2**30, "24 GiB (assumed)")
 
 
+def test_failed_models_are_told_apart_by_their_attention_and_batch() -> None:
+    oom = {"kind": "model", "status": "oom", "reason": "predicted"}
+    differing = ({"attention": "full"}, {"attention": "lepe"}, {"attention": "full", "batch": 128})
+    rows = [cell("stl", "biformer_stl", "forward", 1024, None, None, **oom, **one) for one in differing]
+    with plots.kept() as shown:
+        limits.failures(plots.Results(validate(rows)))
+    head, _, *lines = str(shown[0]).splitlines()
+    assert len({*lines}) == 3 and "attention" in head and "topk" not in head
+
+
 def test_replicates_become_a_median_and_the_widest_interval() -> None:
     times = enumerate((1.0, 4.0, 2.0))
     rows = [cell("resolution", "bra", "forward", 8, 100, ms, replicate=replicate) for replicate, ms in times]
