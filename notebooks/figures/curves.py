@@ -46,7 +46,7 @@ def figure(results: Results, mode: str) -> Figure | None:
     label_lines(left, drawn, "memory_predicted_bytes")
     label_lines(right, drawn, "latency_p50_ms")
     fig.legend(handles=[PREDICTED, MEASURED, CROSS], loc="outside upper right", ncols=3)
-    caption(fig, rows, labelled=True)
+    caption(fig, rows, untimed(rows), labelled=True)
     return save(fig, f"resolution_{mode}")
 
 
@@ -93,6 +93,13 @@ def limit_line(ax: Axes, limit: float, how: str) -> None:
 def tried(rows: pd.DataFrame) -> list[int]:
     """The grids, in tokens per side, with a cell that is not just predicted; all if there are none."""
     return sorted(cells(rows[rows["status"] != "predicted"]).index) or sorted(cells(rows).index)
+
+
+def untimed(rows: pd.DataFrame) -> str:
+    """What a latency line that ends early means; empty if every cell of the grids that were tried was run."""
+    sides = tried(rows)
+    partly = any((line["status"].reindex(sides) == "predicted").any() for *_, line in lines(rows))
+    return "Where a line of latency ends early, without a cross, the larger grids were not run." if partly else ""
 
 
 def latency_panel(ax: Axes, drawn: list[Line], ends: tuple[str, str]) -> None:

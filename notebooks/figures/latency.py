@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from notebooks.figures.curves import CROSS, latency_panel, side_axis, tried
+from notebooks.figures.curves import CROSS, latency_panel, side_axis, tried, untimed
 from notebooks.figures.labels import label_lines
 from notebooks.lib.export import publish
 from notebooks.lib.limits import MODES, lines, resolution
@@ -45,7 +45,7 @@ def figure(results: Results) -> Figure | None:
             ax.set_ylabel("latency of one step, ms (median and quartiles)")
     fig.legend(handles=[CROSS], loc="outside upper right")
     fig.suptitle("One step of one attention layer against resolution", x=0.01, ha="left", weight="bold", fontsize=14)
-    caption(fig, rows, labelled=True)
+    caption(fig, rows, untimed(rows), labelled=True)
     return save(fig, "latency")
 
 

@@ -42,7 +42,9 @@ def figure(results: Results) -> Figure:
     handles = [Line2D([], [], linestyle="", label=variant, **_look(variant)) for variant in shown.columns]
     fig.legend(handles=handles, loc="outside right center")
     fig.suptitle("BRA: times as fast as the published implementation", x=0.01, ha="left", weight="bold", fontsize=14)
-    note = "b: batch. Pre-gathered: SDPA on keys and values gathered already. Window and full: SDPA, without LePE."
+    note = "Pre-gathered: SDPA on keys and values gathered already. Window and full: SDPA, without LePE."
+    if (shown.index.get_level_values("batch") != 1).any():
+        note = f"b: batch. {note}"
     if on_gpu:
         note += "\nTime on the device, each replayed from a CUDA graph where it can be; triangles: wall time, eager."
     caption(fig, rows, note)

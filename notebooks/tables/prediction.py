@@ -43,7 +43,7 @@ def findings(results: Results) -> list[str]:
         worst = results.rows.loc[off.idxmax()]
         impl = worst["impl_requested"] if pd.isna(worst["impl"]) else worst["impl"]
         result.append(
-            f"Predicted and measured peak memory differ by at most {off.max():.2%} in {len(off)} measured cells "
+            f"Predicted and measured peak memory differ by at most {off.max():.3%} in {len(off)} measured cells "
             f"({worst['name']}, {impl}, {MODES[worst['mode']]} at {worst['height']} x {worst['width']}, "
             f"{worst['dtype']}); {(off > 0.03).sum()} cells by more than 3 %."
         )

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from made_up_rows import PARTS, cell
 
-from notebooks.figures import cost_split, crossover, latency, pareto, routes  # fmt: skip
+from notebooks.figures import cost_split, crossover, curves, latency, pareto, routes, speed_figure
 from notebooks.lib import plots
 from profiling.schema.row import validate
 
@@ -21,6 +21,26 @@ def test_launch_bound_grids_are_reported_for_a_gpu() -> None:
         result = latency.findings(results)
     assert "| full | 3.00 | 2.50 | 1.00 |" in str(shown[0])
     assert any("up to 16 x 16 launching" in sentence for sentence in result)
+
+
+@pytest.mark.parametrize(("tried", "said"), [(8, False), (16, True)])
+def test_caption_says_what_a_line_of_latency_that_ends_early_means(tried: int, said: bool) -> None:
+    rows = [cell("resolution", "full", "forward", side, 2**20, 1.0 if side <= tried else None) for side in (8, 16)]
+    rows += [cell("resolution", "bra", "forward", side, 2**20, 1.0 if side == 8 else None) for side in (8, 16)]
+    results = plots.Results(validate(rows))
+    with plots.kept():
+        for figure in (latency.figure(results), curves.figure(results, "forward")):
+            assert ("ends early, without a cross" in figure.get_supxlabel()) is said
+
+
+@pytest.mark.parametrize(("batch", "said"), [(1, False), (2, True)])
+def test_caption_explains_batch_where_a_shape_has_one(batch: int, said: bool) -> None:
+    at = {"n_win": "7", "topk": 4, "batch": batch}
+    rows = [cell("bra_speed", "bra", "forward", 56, 2**20, 8.0 / n, impl_requested=impl, **at)
+            for n, impl in enumerate(("reference", "sdpa"), 1)]  # fmt: skip
+    with plots.kept():
+        figure = speed_figure.figure(plots.Results(validate(rows)))
+    assert ("b: batch." in figure.get_supxlabel()) is said
 
 
 def ratio(low: list[float], middle: list[float], high: list[float]) -> pd.DataFrame:

@@ -63,7 +63,7 @@ def test_wrong_prediction_is_reported_with_its_cell() -> None:
     with plots.kept():
         result = prediction.findings(plots.Results(validate(rows)))
     assert result == [
-        "Predicted and measured peak memory differ by at most 100.00% in 2 measured cells (bra, sdpa, forward at "
+        "Predicted and measured peak memory differ by at most 100.000% in 2 measured cells (bra, sdpa, forward at "
         "14 x 14, fp32); 1 cells by more than 3 %."
     ]
 
