@@ -36,7 +36,8 @@ def figure(results: Results, mode: str) -> Figure | None:
     for line, layer in zip(drawn, layers(drawn), strict=True):
         memory_line(left, line, layer)
     limit_line(left, *device_memory(results))
-    side_axis(right, tried(rows))
+    sides = tried(rows)
+    side_axis(right, sides)
     latency_panel(right, drawn, ("latency_low_ms", "latency_high_ms"))
     memory_axis(left, sorted(cells(rows).index), "peak memory of one step")
     right.set_ylabel("latency of one step, ms (median, 95 % interval)")
@@ -46,7 +47,7 @@ def figure(results: Results, mode: str) -> Figure | None:
     label_lines(left, drawn, "memory_predicted_bytes")
     label_lines(right, drawn, "latency_p50_ms")
     fig.legend(handles=[PREDICTED, MEASURED, CROSS], loc="outside upper right", ncols=3)
-    caption(fig, rows, untimed(rows), labelled=True)
+    caption(fig, rows, untimed(drawn, sides), labelled=True)
     return save(fig, f"resolution_{mode}")
 
 
@@ -95,11 +96,10 @@ def tried(rows: pd.DataFrame) -> list[int]:
     return sorted(cells(rows[rows["status"] != "predicted"]).index) or sorted(cells(rows).index)
 
 
-def untimed(rows: pd.DataFrame) -> str:
-    """What a latency line that ends early means; empty if every cell of the grids that were tried was run."""
-    sides = tried(rows)
-    partly = any((line["status"].reindex(sides) == "predicted").any() for *_, line in lines(rows))
-    return "Where a line of latency ends early, without a cross, the larger grids were not run." if partly else ""
+def untimed(drawn: list[Line], sides: list[int]) -> str:
+    """What a line of latency that ends before the last of ``sides`` without a cross means; empty without one."""
+    early = any((line["status"].reindex(sides[-1:]) == "predicted").any() for *_, line in drawn)
+    return "Where a line of latency ends early, without a cross, the larger grids were not run." if early else ""
 
 
 def latency_panel(ax: Axes, drawn: list[Line], ends: tuple[str, str]) -> None:

@@ -31,21 +31,23 @@ def figure(results: Results) -> Figure | None:
     dtypes = list(rows["dtype"].unique())
     fig, axes = plt.subplots(len(dtypes), len(modes), figsize=(7.2 * len(modes), 0.6 + 6 * len(dtypes)),
                              squeeze=False, layout="constrained")  # fmt: skip
+    note = ""
     for row_of_axes, dtype in zip(axes, dtypes, strict=True):
         for ax, mode in zip(row_of_axes, modes, strict=True):
             part = rows[(rows["mode"] == mode) & (rows["dtype"] == dtype)]
             if part.empty:
                 ax.set_axis_off()
                 continue
-            side_axis(ax, tried(part))
-            drawn = list(lines(part))
+            sides, drawn = tried(part), list(lines(part))
+            side_axis(ax, sides)
+            note = untimed(drawn, sides) or note
             latency_panel(ax, drawn, QUARTILES)
             label_lines(ax, drawn, "latency_p50_ms")
             ax.set_title(MODES[mode].capitalize() + f", {dtype}" * (len(dtypes) > 1))
             ax.set_ylabel("latency of one step, ms (median and quartiles)")
     fig.legend(handles=[CROSS], loc="outside upper right")
     fig.suptitle("One step of one attention layer against resolution", x=0.01, ha="left", weight="bold", fontsize=14)
-    caption(fig, rows, untimed(rows), labelled=True)
+    caption(fig, rows, note, labelled=True)
     return save(fig, "latency")
 
 

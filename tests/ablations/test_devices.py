@@ -325,7 +325,7 @@ def test_gpus_are_selected_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
         find("cuda", (0, 3))
 
 
-@pytest.mark.skipif(bool(environment.check_device("cuda")) is False, reason="there is a GPU here")
+@pytest.mark.skipif(not environment.check_device("cuda"), reason="there is a GPU here")
 def test_missing_gpu_raises_launch_error() -> None:
     with pytest.raises(LaunchError, match="cannot use cuda: no GPU is visible"):
         find("cuda")

@@ -1,6 +1,7 @@
 """What the figures draw and the findings beside them, from rows whose findings can be worked out by hand."""
 
 import math
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -23,14 +24,37 @@ def test_launch_bound_grids_are_reported_for_a_gpu() -> None:
     assert any("up to 16 x 16 launching" in sentence for sentence in result)
 
 
-@pytest.mark.parametrize(("tried", "said"), [(8, False), (16, True)])
-def test_caption_says_what_a_line_of_latency_that_ends_early_means(tried: int, said: bool) -> None:
-    rows = [cell("resolution", "full", "forward", side, 2**20, 1.0 if side <= tried else None) for side in (8, 16)]
-    rows += [cell("resolution", "bra", "forward", side, 2**20, 1.0 if side == 8 else None) for side in (8, 16)]
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ({"full": "ok", "bra": "ok"}, False),
+        ({"full": "predicted", "bra": "predicted"}, False),
+        ({"full": "ok", "bra": "oom"}, False),
+        ({"full": "ok", "bra": "predicted"}, True),
+    ],
+)
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+def test_caption_says_what_a_line_of_latency_that_ends_early_means(
+    mode: str, status: dict[str, str], said: bool
+) -> None:
+    """All is timed, but for one mode at the largest grid."""
+    rows = []
+    for name, at, side in product(status, ("forward", "forward_backward"), (8, 16, 32)):
+        is_ok = (at, side) != (mode, 32) or status[name] == "ok"
+        more = {} if is_ok else {"status": status[name]}
+        rows.append(cell("resolution", name, at, side, 2**20, 1.0 if is_ok else None, **more))
     results = plots.Results(validate(rows))
     with plots.kept():
-        for figure in (latency.figure(results), curves.figure(results, "forward")):
+        for figure in (latency.figure(results), curves.figure(results, mode)):
             assert ("ends early, without a cross" in figure.get_supxlabel()) is said
+
+
+def test_caption_says_nothing_of_a_mode_without_latencies() -> None:
+    rows = [cell("resolution", name, "forward", side, 2**20, 1.0) for name in ("full", "bra") for side in (8, 16)]
+    rows += [cell("resolution", "bra", "forward_backward", 16, 2**20, None)]
+    with plots.kept():
+        figure = latency.figure(plots.Results(validate(rows)))
+    assert "ends early" not in figure.get_supxlabel()
 
 
 @pytest.mark.parametrize(("batch", "said"), [(1, False), (2, True)])
