@@ -6,11 +6,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from notebooks.figures.curves import log_ticks
-from notebooks.figures.labels import legend
+from notebooks.figures.labels import name_points
 from notebooks.figures.pareto import points
 from notebooks.lib.limits import MODES
 from notebooks.lib.plots import FAINT, INK, MIB, SETTING, Results, needs, save, say, style, usual, without_more
@@ -63,21 +62,17 @@ def pareto(results: Results) -> Figure | None:
         ax.set_xlim(result[cost].min() / 1.4, result[cost].max() * 1.4)
         log_ticks(ax.xaxis, room=2.2)
     axes[0].set_ylabel("accuracy, %, mean over the tasks that count")
-    marks = [
-        Line2D([], [], linestyle="", color=style(name)[0], marker=style(name)[1], label=str(name))
-        for name in result.sort_values("accuracy_accuracy", ascending=False).index
-    ]
-    ring = Line2D([], [], linestyle="", marker="o", fillstyle="none", color=INK, markersize=13, markeredgewidth=1.8,
-                  label="ring: on the front")  # fmt: skip
-    legend(axes[1], [], *marks, Line2D([], [], linestyle="", label=" "), ring)
     side = shape(results)
     fig.suptitle(f"Accuracy against cost at {side} x {side} tokens", x=0.01, ha="left", weight="bold", fontsize=14)
     note = (
         f"Accuracy: mean over {', '.join(counted(results))}; bars: mean over tasks of the least and the largest of the "
-        "seeds.\nCost: of the resolution sweep, median with quartiles. Front: nothing that costs less is more accurate "
-        "beyond the seeds' range."
+        "seeds.\nCost: of the resolution sweep, median with quartiles. Ring, on the front: nothing that costs less is "
+        "more accurate beyond the seeds' range."
     )
     fig.supxlabel(note, x=0.01, ha="left", fontsize=9, color=FAINT)
+    for ax, cost in zip(axes, COSTS, strict=True):
+        places = zip(result[cost], 100 * result["accuracy_accuracy"], strict=True)
+        name_points(ax, dict(zip(result.index, places, strict=True)))
     return save(fig, "capability_pareto")
 
 

@@ -13,7 +13,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from notebooks.figures.curves import log_ticks, side_axis
-from notebooks.figures.labels import legend
 from notebooks.figures.latency import timed_modes
 from notebooks.lib.export import publish
 from notebooks.lib.limits import MODES, Line, cells, resolution
@@ -186,7 +185,10 @@ def _finish(fig: Figure, axes: np.ndarray, results: Results) -> None:
     axes[0].yaxis.set_minor_locator(NullLocator())
     axes[0].set_ylabel(f"latency of {OURS} / of the other\n(below 1: {OURS} is faster)")
     rows = results.sweep("resolution")
-    rivals = [(rival, f"against {rival}", "-", rows) for rival in RIVALS if (rows["name"] == rival).any()]
+    rivals = [
+        Line2D([], [], color=style(rival)[0], marker=style(rival)[1], markeredgecolor="white", label=f"against {rival}")
+        for rival in RIVALS if (rows["name"] == rival).any()
+    ]  # fmt: skip
     ring = Line2D([], [], linestyle="", marker="o", color="white", markeredgecolor=FAINT, markeredgewidth=2,
                   markersize=9, label="ring: break-even")  # fmt: skip
     ours = {label: dash for mode in MODES for (_, label, dash, _), *_ in pairs(resolution(results, mode))}
@@ -194,7 +196,8 @@ def _finish(fig: Figure, axes: np.ndarray, results: Results) -> None:
     for handle, dash in zip(dashes, ours.values(), strict=False):
         handle.set_linestyle(dash)
     band = Line2D([], [], color=FAINT, linewidth=8, alpha=0.3, label="band: quartiles")
-    legend(axes[-1], rivals, *dashes, ring, band)
+    handles = [*rivals, Line2D([], [], linestyle="", label=" "), *dashes, ring, band]
+    axes[-1].legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), labelspacing=0.6)
     fig.suptitle(f"Where {OURS} breaks even", x=0.01, ha="left", weight="bold", fontsize=14)
     compared = rows[rows["name"].isin((OURS, *RIVALS))]
     caption(fig, compared, "Straight lines in log-log between measured grids. Bar: where the quartiles leave it open.")

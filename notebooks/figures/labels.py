@@ -1,18 +1,27 @@
-"""Names of attentions in figures: beside their lines, or in a legend where marks lie too close."""
+"""Names of attentions in figures, beside their lines or marks."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
+from matplotlib.collections import LineCollection
+from matplotlib.patheffects import withStroke
 from scipy.optimize import isotonic_regression
 
 from notebooks.lib.limits import Line
-from notebooks.lib.plots import INK, style
+from notebooks.lib.plots import FAINT, INK, style
 
 FONT_SIZE = 9.0
 MARK, TEXT = 1.05, 1.07
 """Where marks and names stand, in widths of the panel."""
+RADIUS, MARGIN = 9.5, 2
+"""Of a mark with a ring, and left and right of a name, in points."""
+GAPS, ANGLES = (0, 7, 15, 25, 37, 50), (0, 180, 60, -60, 120, -120, 30, -30, 150, -150, 90, -90)
+"""Where a name may stand beside its mark, the best first: points beyond the ring, and degrees."""
+OVER, OVER_BAR, FAR = 9.0, 1 / 3, 1 / 300
+"""What makes a place bad: the share of the name over marks and texts, that over error bars, and points of gap."""
+HALO = [withStroke(linewidth=2, foreground="white")]
 
 
 def label_lines(ax: Axes, drawn: list[Line], column: str) -> None:
@@ -52,15 +61,53 @@ def _spread(heights: np.ndarray, least: float) -> np.ndarray:
     return np.clip(moved, 0, max(0.0, 1 - steps[-1])) + steps
 
 
-def legend(ax: Axes, drawn: list[Line], *notes: Line2D) -> None:
-    """Right of the panel: the curves in their order, then ``notes`` for other lines and marks."""
-    handles = [_handle(name, label, dash) for name, label, dash, _ in drawn]
-    handles += [Line2D([], [], linestyle="", label=" "), *notes] if notes and handles else notes
-    many = len(handles) > 16
-    ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9 if many else 10,
-              labelspacing=0.3 if many else 0.6, ncols=1 + len(handles) // 26)  # fmt: skip
+def name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Write each name beside its mark, where it hides the least of marks, error bars and other texts.
+
+    A thin line leads to a mark that is not next to its name. Axes have their final limits, scales and marks before.
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # The layout gives the panel its place only now.
+    point, panel = figure.dpi / 72, np.array([ax.get_window_extent().extents])
+    marks = {name: ax.transData.transform(at) for name, at in points.items()}
+    taken = [np.concatenate([mark - RADIUS * point, mark + RADIUS * point]) for mark in marks.values()]
+    taken += [np.array(text.get_window_extent().extents) for text in ax.texts]
+    bars = np.array([
+        np.concatenate([ends.min(axis=0) - point, ends.max(axis=0) + point])
+        for lines in ax.collections if isinstance(lines, LineCollection)
+        for ends in map(ax.transData.transform, lines.get_segments())
+    ]).reshape(-1, 4)  # fmt: skip
+    for name, mark in sorted(marks.items(), key=lambda item: -item[1][1]):
+        text = ax.annotate(name, points[name], xytext=(0, 0), textcoords="offset points", va="center",
+                           fontsize=FONT_SIZE, path_effects=HALO)  # fmt: skip
+        width, height = text.get_window_extent().size
+        size = np.array([width + 2 * MARGIN * point, height])
+        places = {(gap, angle): _beside(mark, size, (RADIUS + gap) * point, angle) for gap in GAPS for angle in ANGLES}
+        badness = {
+            place: FAR * place[0]
+            + (OVER * _overlap(box, np.array(taken)) + OVER_BAR * _overlap(box, bars) - _overlap(box, panel))
+            / size.prod()
+            for place, box in places.items()
+        }
+        gap, angle = min(badness, key=badness.__getitem__)
+        box = places[gap, angle]
+        taken.append(box)
+        text.set_position(((box[0] - mark[0]) / point + MARGIN, ((box[1] + box[3]) / 2 - mark[1]) / point))
+        if gap:
+            end = (np.clip(mark, box[:2], box[2:]) - mark) / point
+            ax.annotate("", points[name], xytext=tuple(end), textcoords="offset points",
+                        arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0})  # fmt: skip
 
 
-def _handle(name: str, label: str, dash: Any) -> Line2D:
-    colour, marker = style(name)
-    return Line2D([], [], linestyle=dash, color=colour, marker=marker, markeredgecolor="white", label=label)
+def _beside(mark: np.ndarray, size: np.ndarray, reach: float, angle: float) -> np.ndarray:
+    """The box of a name whose nearest end, or middle, is ``reach`` from its mark: left, bottom, right and top."""
+    x, y = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    corner = mark + reach * np.array([x, y]) - size * [(1 - np.sign(np.round(x, 9))) / 2, 0.5]
+    return np.concatenate([corner, corner + size])
+
+
+def _overlap(box: np.ndarray, others: np.ndarray) -> float:
+    """The area that a box shares with others."""
+    shared = np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2])
+    return float(shared.clip(0).prod(axis=1).sum())

@@ -10,18 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from notebooks.figures.curves import CROSS, FAILED, failed_marks, log_ticks, short_reason
-from notebooks.figures.labels import legend
+from notebooks.figures.labels import name_points
 from notebooks.lib.export import publish
 from notebooks.lib.limits import MODES, cells
 from notebooks.lib.plots import (
     DASHES,
     FAINT,
-    FAMILIES,
     INK,
     MIB,
     Results,
     caption,
-    family,
     needs,
     number,
     save,
@@ -39,6 +37,11 @@ MARGIN = 1.5
 FILLS = dict(zip(DASHES, ("full", "none", "left", "bottom"), strict=True))
 """Fill of the marks of one attention's variants, by the line style of their curves."""
 CERTAIN, POSSIBLE = "yes", "within noise"
+RINGS = [
+    Line2D([], [], linestyle="", marker="o", fillstyle="none", color=colour, markersize=13, markeredgewidth=width,
+           label=label)
+    for colour, width, label in ((INK, 1.8, "ring: on the front"), (FAINT, 1.0, "faint: within noise"))
+]  # fmt: skip
 
 
 def points(results: Results, mode: str) -> pd.DataFrame:
@@ -135,7 +138,7 @@ def figure(results: Results, mode: str) -> Figure | None:
     if result.empty or result["latency"].isna().all():
         return None
     on = fronts(result)
-    fig, axes = plt.subplots(1, 3, figsize=(15, 5.2), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(15, 6), sharey=True, layout="constrained")
     shown = result[result["latency"].notna() | result["status"].isin(FAILED)]
     for ax, (column, words) in zip(axes, AXES.items(), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=words)
@@ -153,7 +156,15 @@ def figure(results: Results, mode: str) -> Figure | None:
     axes[0].set_ylabel("latency of one step, ms (median, quartiles)")
     for ax, title in zip(axes, ("MACs", "Memory", "Keys: more are better"), strict=True):
         ax.set_title(title)
-    _finish(fig, axes[2], result, results, mode)
+    fig.legend(handles=[*RINGS, *([CROSS] if len(failed) else [])], loc="outside upper right", ncols=3)
+    fig.suptitle(f"Costs at {shape(results)} x {shape(results)} tokens, {MODES[mode]}", x=0.01, ha="left",
+                 weight="bold", fontsize=14)  # fmt: skip
+    note = "Rings, left and middle: the Pareto front of latency, memory and MACs. Right: with keys per query as a gain."
+    caption(fig, usual(at_shape(results).query("mode == @mode")), note, labelled=True)
+    for ax, column in zip(axes, AXES, strict=True):
+        timed = result.dropna(subset=[column, "latency"])
+        places = zip(timed[column], timed["latency"], strict=True)
+        name_points(ax, dict(zip(timed.index, places, strict=True)))
     return save(fig, f"pareto_{mode}")
 
 
@@ -169,35 +180,6 @@ def _scatter(ax: Axes, result: pd.DataFrame, column: str, on: pd.Series) -> None
                     markeredgewidth=1.8, linestyle="", zorder=4, fillstyle="none")  # fmt: skip
             if on[label] == POSSIBLE:
                 ax.lines[-1].set(markeredgewidth=1.0, alpha=0.55)
-
-
-def _finish(fig: Figure, ax: Axes, result: pd.DataFrame, results: Results, mode: str) -> None:
-    rings = [
-        Line2D([], [], linestyle="", marker="o", fillstyle="none", color=INK, markersize=13, markeredgewidth=1.8,
-               label="ring: on the front"),
-        Line2D([], [], linestyle="", marker="o", fillstyle="none", color=FAINT, markersize=13, markeredgewidth=1.0,
-               label="faint: within noise"),
-    ]  # fmt: skip
-    ordered, marks = result.sort_values("latency", ascending=False), []
-    families = ordered["name"].map(family)
-    for group in [group for group in (*FAMILIES, "other") if (families == group).any()]:
-        marks.append(Line2D([], [], linestyle="", label=f"$\\bf{{{group}}}$"))
-        marks += [
-            Line2D([], [], linestyle="", color=style(row["name"])[0], marker=style(row["name"])[1],
-                   fillstyle=row["fill"], label=str(label)) for label, row in ordered[families == group].iterrows()
-        ]  # fmt: skip
-    legend(
-        ax,
-        [],
-        *marks,
-        Line2D([], [], linestyle="", label=" "),
-        *rings,
-        *([CROSS] if result["status"].isin(FAILED).any() else []),
-    )
-    title = f"Costs at {shape(results)} x {shape(results)} tokens, {MODES[mode]}"
-    fig.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=14)
-    note = "Rings, left and middle: the Pareto front of latency, memory and MACs. Right: with keys per query as a gain."
-    caption(fig, usual(at_shape(results).query("mode == @mode")), note, labelled=True)
 
 
 def findings(results: Results) -> list[str]:

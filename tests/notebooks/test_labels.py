@@ -37,3 +37,29 @@ def test_names_beside_lines_do_not_overlap() -> None:
     assert middle["b"] == pytest.approx(ax.transData.transform((4, 5.03))[1], abs=1)
     assert middle["short"] == pytest.approx(ax.transData.transform((2, 9))[1], abs=1)
     plt.close(fig)
+
+
+def test_names_beside_marks_hide_no_mark_and_no_name() -> None:
+    fig, ax = plt.subplots(figsize=(8, 5))
+    ax.set(xscale="log", yscale="log", xlim=(1, 1000), ylim=(1, 1000))
+    points = {"alone": (300.0, 3.0), "edge": (990.0, 500.0), "by_a_text": (10.0, 500.0)}
+    points |= {f"one_of_many_{place}": (30 * 1.05**place, 30 * 1.02 ** (place % 3)) for place in range(7)}
+    for place in points.values():
+        ax.plot(*place, "o", markersize=9)
+    other = ax.annotate("a text that is there before", points["by_a_text"], xytext=(12, -4), textcoords="offset points")
+    labels.name_points(ax, points)
+    names_of = [text for text in ax.texts if text.get_text() in points]
+    assert {text.get_text() for text in names_of} == set(points)
+    boxes = {text.get_text(): text.get_window_extent() for text in names_of}
+    panel = ax.get_window_extent()
+    for name, box in boxes.items():
+        assert panel.x0 <= box.x0 and box.x1 <= panel.x1 and panel.y0 <= box.y0 and box.y1 <= panel.y1, name
+        assert not any(box.contains(*ax.transData.transform(point)) for point in points.values()), name
+    for one, two in itertools.combinations([*boxes.values(), other.get_window_extent()], 2):
+        assert not one.overlaps(two)
+    near = ax.transData.transform(points["alone"])
+    assert 0 < boxes["alone"].x0 - near[0] < 20 and boxes["alone"].y0 < near[1] < boxes["alone"].y1
+    assert boxes["edge"].x1 < ax.transData.transform(points["edge"])[0]
+    lines = [text for text in ax.texts if not text.get_text()]
+    assert lines and {text.xy for text in lines} <= {points[n] for n in points if n.startswith("one_of_many")}
+    plt.close(fig)
