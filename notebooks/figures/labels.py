@@ -20,7 +20,7 @@ RADIUS, MARGIN = 9.5, 2
 GAPS, ANGLES = (0, 7, 15, 25, 37, 50), (0, 180, 60, -60, 120, -120, 30, -30, 150, -150, 90, -90)
 """Where a name may stand beside its mark, the best first: points beyond the ring, and degrees."""
 OVER, OVER_BAR, FAR = 9.0, 1 / 3, 1 / 300
-"""What makes a place bad: the share of the name over marks and texts, that over error bars, and points of gap."""
+"""What makes a place bad: the share of a name over others or outside, that over error bars, and points of gap."""
 HALO = [withStroke(linewidth=2, foreground="white")]
 
 
@@ -86,8 +86,8 @@ def name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
         places = {(gap, angle): _beside(mark, size, (RADIUS + gap) * point, angle) for gap in GAPS for angle in ANGLES}
         badness = {
             place: FAR * place[0]
-            + (OVER * _overlap(box, np.array(taken)) + OVER_BAR * _overlap(box, bars) - _overlap(box, panel))
-            / size.prod()
+            + OVER * (_overlap(box, np.array(taken)) - _overlap(box, panel)) / size.prod()
+            + OVER_BAR * _overlap(box, bars) / size.prod()
             for place, box in places.items()
         }
         gap, angle = min(badness, key=badness.__getitem__)

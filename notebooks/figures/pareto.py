@@ -148,10 +148,15 @@ def figure(results: Results, mode: str) -> Figure | None:
     for ax in axes:
         log_ticks(ax.xaxis, room=2.2)
     failed = result[result["status"].isin(FAILED)]
+    low, high = axes[0].get_ylim()
+    tops = []
     for ax, column in zip(axes, AXES, strict=True):
         known = failed.dropna(subset=[column])
+        ax.set_ylim(low, high)  # The panels share the axis: each would add its room to the last one's.
         failed_marks(ax, [(row[column], style(row["name"])[0], str(label), short_reason(row)) for label, row in
                           known.iterrows()])  # fmt: skip
+        tops.append(ax.get_ylim()[1])
+    axes[0].set_ylim(low, max(tops))
     log_ticks(axes[0].yaxis)
     axes[0].set_ylabel("latency of one step, ms (median, quartiles)")
     for ax, title in zip(axes, ("MACs", "Memory", "Keys: more are better"), strict=True):

@@ -150,6 +150,24 @@ def test_membership_of_the_front_accounts_for_noise() -> None:
     assert pareto.membership(result, pareto.COSTS).to_dict() == expected
 
 
+def test_failed_cells_take_their_room_once_from_panels_that_share_an_axis() -> None:
+    timed = [cell("resolution", name, "forward", 16, 2**20, ms, macs_counted=10, kv_tokens_per_query=4)
+             for name, ms in (("bra", 1.0), ("window", 4.0))]  # fmt: skip
+    failed = cell(
+        "resolution", "full", "forward", 16, 2**22, None, status="oom", macs_counted=40, kv_tokens_per_query=16
+    )
+    heights = []
+    for rows in (timed, [*timed, failed]):
+        with plots.kept():
+            figure = pareto.figure(plots.Results(validate(rows)), "forward")
+        assert figure is not None
+        heights.append([math.log(high / low) for low, high in (ax.get_ylim() for ax in figure.axes)])
+        names = [{text.get_text().split(":")[0] for text in ax.texts} - {""} for ax in figure.axes]
+        assert names == [{"bra", "window", *(["full"] if failed in rows else [])}] * 3
+    # One row of crosses takes 6 % of a panel.
+    assert heights[1] == pytest.approx([height / 0.94 for height in heights[0]])
+
+
 def test_costs_of_a_step_count_the_backward_pass() -> None:
     row = cell(
         "resolution", "bra", "forward_backward", 16, 2**20, 1.0, macs_counted=1_000_000, macs_backward_counted=2_000_000
