@@ -71,8 +71,7 @@ def pareto(results: Results) -> Figure | None:
     )
     fig.supxlabel(note, x=0.01, ha="left", fontsize=9, color=FAINT)
     for ax, cost in zip(axes, COSTS, strict=True):
-        places = zip(result[cost], 100 * result["accuracy_accuracy"], strict=True)
-        name_points(ax, dict(zip(result.index, places, strict=True)))
+        name_points(ax, result[cost], 100 * result["accuracy_accuracy"])
     return save(fig, "capability_pareto")
 
 

@@ -133,16 +133,25 @@ def failures(ax: Axes, drawn: list[Line]) -> None:
     failed_marks(ax, failed)
 
 
-def failed_marks(ax: Axes, failed: list[tuple[float, str, str, str]]) -> None:
-    """Crosses above the curves of a log-log panel, from x, colour, name and reason; one row per x and reason."""
+def failed_marks(
+    ax: Axes, failed: list[tuple[float, str, str, str]], limits: tuple[float, float] | None = None
+) -> None:
+    """Crosses above the curves of a log-log panel, from x, colour, name and reason; one row per x and reason.
+
+    Args:
+        ax: the panel.
+        failed: the failed cells.
+        limits: of the curves, where panels share the axis and another one may have taken room above them already.
+    """
     rows: dict[tuple[float, str], list[tuple[str, str]]] = {}
     for x, colour, name, reason in sorted(failed, key=lambda item: -item[0]):
         rows.setdefault((x, reason), []).append((colour, name))
     if not rows:
         return
-    low, high = ax.get_ylim()
+    low, high = limits or ax.get_ylim()
     step = min(0.06, 0.6 / len(rows))
-    ax.set_ylim(low, high * (high / low) ** (step * len(rows) / (1 - step * len(rows))))
+    top = high * (high / low) ** (step * len(rows) / (1 - step * len(rows)))
+    ax.set_ylim(low, max(top, ax.get_ylim()[1]))
     middle = np.sqrt(np.prod(ax.get_xlim()))
     for rank, ((x, reason), members) in enumerate(rows.items()):
         text = f"{textwrap.shorten(', '.join(name for _, name in members), 34, placeholder=' ...')}: {reason}"

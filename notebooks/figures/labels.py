@@ -1,9 +1,9 @@
 """Names of attentions in figures, beside their lines or marks."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.patheffects import withStroke
@@ -61,16 +61,21 @@ def _spread(heights: np.ndarray, least: float) -> np.ndarray:
     return np.clip(moved, 0, max(0.0, 1 - steps[-1])) + steps
 
 
-def name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def name_points(ax: Axes, x: pd.Series, y: pd.Series) -> None:
     """Write each name beside its mark, where it hides the least of marks, error bars and other texts.
 
     A thin line leads to a mark that is not next to its name. Axes have their final limits, scales and marks before.
+
+    Args:
+        ax: the panel that has the marks.
+        x, y: where the marks are, by name; a name without both has no mark.
     """
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()  # The layout gives the panel its place only now.
     point, panel = figure.dpi / 72, np.array([ax.get_window_extent().extents])
-    marks = {name: ax.transData.transform(at) for name, at in points.items()}
+    points = pd.DataFrame({"x": x, "y": y}).dropna()
+    marks = dict(zip(points.index, ax.transData.transform(points), strict=True))
     taken = [np.concatenate([mark - RADIUS * point, mark + RADIUS * point]) for mark in marks.values()]
     taken += [np.array(text.get_window_extent().extents) for text in ax.texts]
     bars = np.array([
@@ -79,7 +84,7 @@ def name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
         for ends in map(ax.transData.transform, lines.get_segments())
     ]).reshape(-1, 4)  # fmt: skip
     for name, mark in sorted(marks.items(), key=lambda item: -item[1][1]):
-        text = ax.annotate(name, points[name], xytext=(0, 0), textcoords="offset points", va="center",
+        text = ax.annotate(name, points.loc[name], xytext=(0, 0), textcoords="offset points", va="center",
                            fontsize=FONT_SIZE, path_effects=HALO)  # fmt: skip
         width, height = text.get_window_extent().size
         size = np.array([width + 2 * MARGIN * point, height])
@@ -96,7 +101,7 @@ def name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
         text.set_position(((box[0] - mark[0]) / point + MARGIN, ((box[1] + box[3]) / 2 - mark[1]) / point))
         if gap:
             end = (np.clip(mark, box[:2], box[2:]) - mark) / point
-            ax.annotate("", points[name], xytext=tuple(end), textcoords="offset points",
+            ax.annotate("", points.loc[name], xytext=tuple(end), textcoords="offset points",
                         arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 0})  # fmt: skip
 
 

@@ -148,15 +148,11 @@ def figure(results: Results, mode: str) -> Figure | None:
     for ax in axes:
         log_ticks(ax.xaxis, room=2.2)
     failed = result[result["status"].isin(FAILED)]
-    low, high = axes[0].get_ylim()
-    tops = []
+    limits = axes[0].get_ylim()
     for ax, column in zip(axes, AXES, strict=True):
         known = failed.dropna(subset=[column])
-        ax.set_ylim(low, high)  # The panels share the axis: each would add its room to the last one's.
         failed_marks(ax, [(row[column], style(row["name"])[0], str(label), short_reason(row)) for label, row in
-                          known.iterrows()])  # fmt: skip
-        tops.append(ax.get_ylim()[1])
-    axes[0].set_ylim(low, max(tops))
+                          known.iterrows()], limits)  # fmt: skip
     log_ticks(axes[0].yaxis)
     axes[0].set_ylabel("latency of one step, ms (median, quartiles)")
     for ax, title in zip(axes, ("MACs", "Memory", "Keys: more are better"), strict=True):
@@ -167,9 +163,7 @@ def figure(results: Results, mode: str) -> Figure | None:
     note = "Rings, left and middle: the Pareto front of latency, memory and MACs. Right: with keys per query as a gain."
     caption(fig, usual(at_shape(results).query("mode == @mode")), note, labelled=True)
     for ax, column in zip(axes, AXES, strict=True):
-        timed = result.dropna(subset=[column, "latency"])
-        places = zip(timed[column], timed["latency"], strict=True)
-        name_points(ax, dict(zip(timed.index, places, strict=True)))
+        name_points(ax, result[column], result["latency"])
     return save(fig, f"pareto_{mode}")
 
 
