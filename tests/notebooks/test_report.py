@@ -1,5 +1,7 @@
 """The page of a results folder: its content, that it is self-contained, and how a browser renders it."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -8,12 +10,15 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 from made_up_rows import ablations, cell, environment, growth, resolution, speeds
-from PIL import Image
+from PIL import Image, ImageColor
 
 from ablations.analysis import run_summary
+from notebooks.lib import plots
 from notebooks.report import page as report
 from profiling.schema.row import SchemaError, validate
 
@@ -21,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next((result for name in NAMES if (result := shutil.which(name))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+TOLERANCE = 7
+"""Of a colour's channels, of 255: a third of what the nearest two attentions' colours differ by in one of them."""
 ITS_OWN = ("update.googleapis.com", "clients2.google.com", "accounts.google.com")
 """Hosts that Chromium contacts by itself, whatever page it shows."""
 
@@ -78,6 +85,23 @@ def test_every_figure_is_there_and_has_a_text(report_page: Page) -> None:
     texts = report_page.all("img", "alt")
     assert len(texts) == len(report_page.all("img", "src")) == len(set(texts)) == 11
     assert all(len(text) > 10 for text in texts)
+
+
+def test_pictures_keep_the_colours_that_tell_attentions_apart(tmp_path: Path) -> None:
+    colours = [*(colour for colour, _ in plots.STYLES.values()), *dict.fromkeys(colour for colour, _ in plots.OTHERS)]
+    fig, ax = plt.subplots(figsize=(13, 6), label="colours")
+    for place, colour in enumerate(colours):
+        ax.plot([0, 1], [0, place], color=colour, linewidth=0.6, alpha=0.7)
+        ax.plot([1], [place], "s", color=colour, markersize=6, markeredgecolor="white")
+    image = report._image(fig, tmp_path)
+    plt.close(fig)
+    (source,) = Page(image).all("img", "src")
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB")).astype(int)
+    drawn = np.asarray(Image.open(tmp_path / "figures" / "colours.png").convert("RGB")).astype(int)
+    for colour in colours:
+        wanted = np.array(ImageColor.getrgb(colour))
+        marks = (drawn == wanted).all(axis=-1)
+        assert marks.any() and abs(shown[marks] - wanted).max() <= TOLERANCE, colour
 
 
 def test_links_resolve(report_page: Page, device: Path) -> None:
