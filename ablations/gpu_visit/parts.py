@@ -38,11 +38,13 @@ TESTS = tuple(
     f"tests/attention_zoo/test_{name}.py"
     for name in ("bra_triton", "bra_triton_kernels", "bra_triton_operators", "kernels_on_device")
 )
-SWEEPS = "models,topk,kv_downsample,resolution,precision"
+SWEEPS = "models,kv_downsample,resolution,precision,topk"
 TIMEOUT = 150.0
 """Time limit of a cell in seconds; torch.compile takes most of it."""
 AT_ONCE = 12
 """Number of processes that share the GPU while nothing is timed."""
+FAREWELL = 12.0
+"""Seconds for which an interrupted tool may report; pytest takes ten to end its workers."""
 NEEDED = ("fvcore", "pandera", "jaxtyping", "einops", "rich", "submitit", "beartype", "pytest", "xdist", "pynvml")
 
 
@@ -84,7 +86,7 @@ class Visit:
 
 
 def preflight(visit: Visit, seconds: float) -> str:
-    """Check that a forked child can use the device and that a cell can be measured; describe the machine."""
+    """Check a forked child on the device, a whole cell, and the static analysis; describe the machine."""
     visit.say(f"{sys.version}\ntorch {torch.__version__}, CUDA {torch.version.cuda}, {os.cpu_count()} processors")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if visit.device == "cuda":
@@ -103,7 +105,9 @@ def preflight(visit: Visit, seconds: float) -> str:
             static_analysis_cache.load(visit.static_analysis, cases),
             {static_analysis_cache.same(case) for case in cases},
         )
-        known = f"static analysis of {len(loaded)} of {len(distinct)} cases (none where the code is another)"
+        if not loaded:
+            raise Failed(f"{visit.static_analysis} has no case of this code on {visit.device}: prepare it anew")
+        known = f"static analysis of {len(loaded)} of {len(distinct)} cases"
     return f"{device.facts['device_name']}, torch {torch.__version__}, {known}, lacks {missing or 'nothing'}"
 
 
@@ -132,7 +136,8 @@ def correctness(visit: Visit, seconds: float) -> str:
     message = next((line for line in reversed(lines) if " passed" in line or " failed" in line or " error" in line), "")
     if code:
         broken = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-        raise Failed("\n  ".join([message.strip("= ") or f"exit status {code}", *(line[:160] for line in broken[:20])]))
+        how = "at the time limit" if code < 0 else f"exit status {code}"
+        raise Failed("\n  ".join([f"{how}: {message.strip('= ')}", *(line[:160] for line in broken[:20])]))
     return message.strip("= ")
 
 
@@ -154,7 +159,8 @@ def warm(visit: Visit, seconds: float) -> str:
 
 def _kernel_cases(device: str) -> list[Case]:
     """The cases of BRA's Triton kernels, those of models that use them, and those of FlexAttention."""
-    chosen = [("triton", _headline()), ("auto", select("models")), ("flex", _compiled())]
+    # The slowest to compile first, since the time limit may cut off the last.
+    chosen = [("flex", _compiled()), ("auto", select("models")), ("triton", _headline())]
     cases = [(impl, case) for impl, named in chosen for sweep in named.values() for case in sweep.cases(device)]
     return [case for impl, case in cases if case.impl == impl and not case.cuda_graph]
 
@@ -270,6 +276,10 @@ def _python(visit: Visit, seconds: float, *arguments: str) -> int:
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
+        # pytest reports on an interrupt what has failed so far; its workers must receive it too.
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=FAREWELL)
         return -1
     finally:
         _end_group(process)

@@ -3,7 +3,7 @@
     python -m ablations gpu_visit --minutes 9 --out /tmp/visit --take results_of_the_visit
 
 A failed part does not stop later ones, except for preflight and correctness, without which no number is valid.
-Finished parts are recorded in the folder, so that the same command resumes the visit.
+Results are packed while parts run, and finished parts are recorded, so that the same command resumes the visit.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import tarfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -40,11 +41,13 @@ PARTS = {
     "headline": Part(parts.headline, 200),
     "compiled": Part(parts.compiled, 90),
     "kernels": Part(parts.kernels, 60),
-    "sweeps": Part(parts.sweeps, 200),
+    "sweeps": Part(parts.sweeps, 400),
     "tiles": Part(parts.tiles, 120),
 }
 GRACE = 15.0
 """Seconds after the time limit in which a part may finish its current work."""
+EVERY = 30.0
+"""Seconds between two packings of the results, so that a visit that is killed loses only the last ones."""
 LEAST = 5.0
 """Remaining seconds below which no part starts."""
 BULKY = (".ttir", ".ttgir", ".llir", ".source", ".ptx")
@@ -90,15 +93,15 @@ def _run(args: argparse.Namespace) -> int:
     take.mkdir(parents=True, exist_ok=True)
     with _deaf_children():
         try:
-            fine = visit_all(visit, chosen, time.monotonic() + 60 * args.minutes, take)
+            with _packing(out, take / "visit.tar.gz"):
+                fine = visit_all(visit, chosen, time.monotonic() + 60 * args.minutes)
         finally:
-            _pack(out, take / "visit.tar.gz")
             if args.keep_caches:
                 _pack(out / "cache", take / "caches.tar.gz", caches=True)
     return 0 if fine else 1
 
 
-def visit_all(visit: Visit, chosen: Sequence[str], until: float, take: Path) -> bool:
+def visit_all(visit: Visit, chosen: Sequence[str], until: float) -> bool:
     """Run the chosen parts until monotonic ``until``, in this order after those that decide; whether none failed.
 
     If all parts are chosen, finished ones do not run again.
@@ -112,7 +115,6 @@ def visit_all(visit: Visit, chosen: Sequence[str], until: float, take: Path) -> 
             print(f"{name}: no time is left", flush=True)
             continue
         state = _do(visit, name, seconds)
-        _pack(visit.out, take / "visit.tar.gz")
         fine &= state != "failed"
         if state == "done":
             with done.open("a") as file:
@@ -162,6 +164,25 @@ def _alarm(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _packing(folder: Path, tar: Path) -> Iterator[None]:
+    """Pack the folder every EVERY seconds in another thread, and at the end."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.wait(EVERY):
+            _pack(folder, tar)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        _pack(folder, tar)
+
+
+@contextlib.contextmanager
 def _deaf_children() -> Iterator[None]:
     """Exit cleanly on SIGTERM; the fork server and the cells inherit SIG_IGN."""
 
@@ -197,14 +218,14 @@ def _use_caches(out: Path, packed: Path | None) -> None:
 def _pack(folder: Path, tar: Path, caches: bool = False) -> None:
     """Pack a folder into one file, replaced atomically: without compiled kernels, or with ``caches`` only those."""
     concurrent = tar.with_suffix(".tmp")
+    roots = [folder] if caches else [path for path in folder.iterdir() if path.name != "cache"]
+    left_out, inside = (BULKY, Path("cache")) if caches else ((".tar.gz", ".tmp"), Path())
     with tarfile.open(concurrent, "w:gz") as file:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path not in (tar, concurrent)):
-            inside = path.relative_to(folder)
-            if caches:
-                if path.suffix not in BULKY:
-                    file.add(path, Path("cache") / inside)
-            elif inside.parts[0] != "cache" and not path.name.endswith((".tar.gz", ".tmp")):
-                file.add(path, inside)
+        for path in sorted(path for root in roots for path in (root, *root.rglob("*")) if path.is_file()):
+            # A part may replace its files at any moment.
+            with contextlib.suppress(FileNotFoundError):
+                if not path.name.endswith(left_out):
+                    file.add(path, inside / path.relative_to(folder))
     concurrent.replace(tar)
     if tar.stat().st_size > LARGEST:
         print(f"{tar} has {tar.stat().st_size / 2**20:.0f} MiB", flush=True)

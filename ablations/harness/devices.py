@@ -192,6 +192,7 @@ class DeviceLock:
         self._alone = False
         self._lock: int | None = None
         self._needed: list[int] = []
+        self._queue: list[object] = []
 
     def enter(self, exclusive: bool) -> None:
         """Acquire the lock, blocking; LaunchError once the run has ended."""
@@ -217,10 +218,19 @@ class DeviceLock:
 
     @contextlib.contextmanager
     def room(self, needs: int, available: int) -> Iterator[None]:
-        """Reserve ``needs`` bytes; wait until they fit into ``available`` or nothing else is reserved."""
+        """Reserve ``needs`` bytes; wait until they fit into ``available`` or nothing else is reserved.
+
+        In order of arrival, so that small cells do not keep a large one waiting.
+        """
+        place = object()
         with self._change:
-            while _going_on() and self._needed and sum(self._needed) + needs > available:
-                self._change.wait(0.1)
+            self._queue.append(place)
+            try:
+                while _going_on() and not (self._queue[0] is place and self._fits(needs, available)):
+                    self._change.wait(0.1)
+            finally:
+                self._queue.remove(place)
+                self._change.notify_all()
             self._needed.append(needs)
         try:
             yield
@@ -228,6 +238,9 @@ class DeviceLock:
             with self._change:
                 self._needed.remove(needs)
                 self._change.notify_all()
+
+    def _fits(self, needs: int, available: int) -> bool:
+        return not self._needed or sum(self._needed) + needs <= available
 
     def _free(self, exclusive: bool) -> bool:
         return not (self._alone or (self._together if exclusive else self._waiting))

@@ -181,7 +181,7 @@ def test_waiting_for_the_lock_does_not_count_towards_timeout(tmp_path: Path) -> 
     assert outcome.status == "ok" and 0.3 <= outcome.seconds < 1.0
 
 
-def test_memory_reservation_waits_until_it_fits() -> None:
+def test_memory_reservation_waits_in_order_of_arrival_until_it_fits() -> None:
     turns = devices.DeviceLock("GPU-r")
     message: list[str] = []
 
@@ -191,11 +191,12 @@ def test_memory_reservation_waits_until_it_fits() -> None:
             time.sleep(seconds)
             message.append(f"{name} out")
 
-    with ThreadPoolExecutor(3) as pool:
-        for name, needs, seconds in (("small", 40, 0.3), ("large", 500, 0.1), ("too", 50, 0.5)):
+    with ThreadPoolExecutor(4) as pool:
+        for name, needs, seconds in (("small", 40, 0.3), ("beside", 50, 0.5), ("large", 500, 0.1), ("later", 5, 0.1)):
             pool.submit(one, name, needs, seconds)
             time.sleep(0.05)
-    assert message == ["small in", "too in", "small out", "too out", "large in", "large out"]
+    order = ["small in", "beside in", "small out", "beside out", "large in", "large out", "later in", "later out"]
+    assert message == order
 
 
 def test_concurrent_oom_is_retried_exclusively(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,41 @@ def test_part_ends_at_its_time_limit(
     assert "warm" not in (tmp_path / "done").read_text()
 
 
+def test_results_are_packed_while_a_part_runs(
+    tmp_path: Path, fake_parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "visit.tar.gz"
+
+    def wait(visit: Visit, seconds: float) -> str:
+        visit.say("as far as this")
+        until = time.monotonic() + 60
+        while not packed.exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        with tarfile.open(packed) as tar:
+            log = tar.extractfile("log/warm.txt")
+            assert log
+            return "packed" if b"as far as this" in log.read() else "not packed"
+
+    monkeypatch.setattr(gpu_visit, "EVERY", 0.05)
+    monkeypatch.setitem(PARTS, "warm", Part(wait, 90))
+    assert visit(tmp_path, "--parts", "warm") == 0
+    assert (tmp_path / "log" / "warm.txt").read_text().endswith(" packed\n")
+
+
+def test_tool_may_report_at_the_time_limit(tmp_path: Path) -> None:
+    tool = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('1 failed')"
+    with (tmp_path / "log.txt").open("w") as log:
+        assert parts._python(Visit(tmp_path, log=log), 3.0, "-c", tool) == -1
+    assert (tmp_path / "log.txt").read_text().endswith("1 failed\n")
+
+
+def test_stale_static_analysis_fails_the_preflight(tmp_path: Path) -> None:
+    file = tmp_path / "static_analysis.json"
+    file.write_text(json.dumps({"code": "another", "cases": {}}))
+    with pytest.raises(Failed, match="has no case of this code on cpu: prepare it anew"):
+        parts.preflight(Visit(tmp_path, "cpu", file), 60.0)
+
+
 def test_unknown_part_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert visit(tmp_path, "--parts", "headline,none") == 2
     assert "there is no 'none'; valid: preflight, correctness" in capsys.readouterr().err
