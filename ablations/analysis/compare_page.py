@@ -21,7 +21,7 @@ def show(result: Comparison, console: Console) -> None:
         console.print(table)
     noteworthy = _noteworthy(result)
     if len(noteworthy):
-        table = Table("verdict", "B / A", "interval", "cell", title="Cells that differ")
+        table = Table("verdict", "B / A", "interval", "cell", title="Cells that differ, or may")
         for cell in noteworthy.itertuples():
             ratio = "" if pd.isna(cell.ratio) else f"{cell.ratio:.2f}"
             interval = "" if pd.isna(cell.ratio) else f"{cell.ratio_low:.2f} to {cell.ratio_high:.2f}"
@@ -74,6 +74,8 @@ def _counts(result: Comparison) -> str:
     cells = result.cells
     counts = cells["verdict"].value_counts()
     message = ", ".join(f"{counts.get(name, 0)} {name}" for name in CLASSES)
+    if untimed := len(cells) - sum(counts.get(name, 0) for name in CLASSES):
+        message += f", {untimed} without a time on both sides"
     line = f"{len(cells)} cells in both: {message}; {int(cells['got_worse'].sum())} with a worse status."
     if single := int((cells["processes"] == 1).sum()):
         line += (

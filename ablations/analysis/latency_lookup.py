@@ -42,12 +42,12 @@ class LatencyLookup:
         """Return the case's latency; by a power law between the nearest measured grids of its aspect ratio.
 
         It is never extrapolated. Several processes are reduced to their median; the same case in several sweeps, to
-        the median of those that kept freed memory, if any did.
+        the least of those that kept freed memory, if any did: other programs can only lengthen a sweep's latencies.
         """
         rows = self._same(case)
         rows = rows[(rows["status"] == "ok") & (rows["height"] * case.width == rows["width"] * case.height)]
         returned = rows["freed_memory"] == "returned"
-        known = _medians(rows[~returned.fillna(False)]).combine_first(_medians(rows))
+        known = _least(rows[~returned.fillna(False)]).combine_first(_least(rows))
         grids = sorted((int(height), int(width)) for height, width in known.index)
         grid = (case.height, case.width)
         if grid in grids:
@@ -79,8 +79,8 @@ class LatencyLookup:
         return self._rows.iloc[places][(text[columns] == [as_text(key_columns.get(c)) for c in columns]).all(axis=1)]
 
 
-def _medians(rows: pd.DataFrame) -> pd.Series:
-    return rows.groupby(["height", "width"])["latency_p50_ms"].median()
+def _least(rows: pd.DataFrame) -> pd.Series:
+    return rows.groupby(["height", "width"])["latency_p50_ms"].min()
 
 
 def _irrelevant(case: Case) -> set[str]:

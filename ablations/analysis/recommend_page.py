@@ -161,12 +161,13 @@ def _table(title: str, *columns: tuple[str, int]) -> Table:
 def _ranked(title: str, group: Sequence[Candidate], asked: Question) -> Table:
     columns = (("attention", 31), ("impl", 9), ("memory", 9), ("MACs", 7), ("latency ms", 10), ("source", 9))
     # One line holds 80 characters.
-    table = _table(title, *((("attention", 25), ("learns", 6), *columns[1:]) if asked.needs else columns))
+    shown = (("attention", 25), ("learns", 6), *columns[1:]) if asked.needs else columns
+    table = _table(title, *shown)
     for candidate in group:
         ms = candidate.latency.ms
         able = worst(candidate, asked.needs)
         table.add_row(
-            escape(label(candidate)), *([] if not asked.needs else ["-" if able is None else f"{able:.0%}"]),
+            _name(candidate, shown[0][1]), *([] if not asked.needs else ["-" if able is None else f"{able:.0%}"]),
             escape(candidate.case.impl), "-" if candidate.memory is None else in_words(candidate.memory),
             short(candidate.macs or 0),
             "-" if ms is None else f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}", _grids(candidate.latency, asked.size),
@@ -174,12 +175,19 @@ def _ranked(title: str, group: Sequence[Candidate], asked: Question) -> Table:
     return table
 
 
+def _name(candidate: Candidate, width: int) -> str:
+    """The label, with options too long for a line broken after their name."""
+    words = label(candidate).split()
+    return escape(" ".join(word.replace("=", "=\n", 1) if len(word) > width else word for word in words))
+
+
 def _refused(group: Sequence[Candidate]) -> Table:
-    table = _table("Does not fit", ("attention", 31), ("impl", 9), ("why", 38))
+    columns = (("attention", 31), ("impl", 9), ("why", 38))
+    table = _table("Does not fit", *columns)
     # Of variants refused for the same reason, show the first only.
     different = {(_kind_of(c), c.case.impl, c.why_not): c for c in reversed(group)}
     for candidate in reversed(different.values()):
-        table.add_row(escape(label(candidate)), escape(candidate.case.impl), escape(candidate.why_not))
+        table.add_row(_name(candidate, columns[0][1]), escape(candidate.case.impl), escape(candidate.why_not))
     return table
 
 

@@ -74,9 +74,9 @@ def add(command: Parser, begin: float) -> None:
     command.add_argument("--mode", choices=CHOICES["mode"], default="forward", help="(default: forward)")
     dtypes = f"{', '.join(CHOICES['dtype'])} (default: fp32)"
     command.add_argument("--dtype", choices=CHOICES["dtype"], default="fp32", metavar="DTYPE", help=dtypes)
-    message = "cpu, cuda, auto (cuda if there is one; the default), or a folder of --results"
     message = "rank by what was learned: tasks of the capability sweep, such as recall,offset"
     command.add_argument("--needs", metavar="TASK,...", default="", help=message)
+    message = "cpu, cuda, auto (cuda if there is one; the default), or a folder of --results"
     command.add_argument("--device", default="auto", metavar="DEVICE", help=message)
     message = "time the N best here; without N, as many as --seconds allow"
     command.add_argument("--measure", type=integer, nargs="?", const=math.inf, metavar="N", help=message)

@@ -213,7 +213,9 @@ def _dry_run(launcher: Launcher, sweeps: dict[str, Sweep]) -> int:
     for name, sweep in sweeps.items():
         table = Table("cell", "predicted MiB", "will", title=name, title_justify="left", box=box.SIMPLE_HEAD)
         table.columns[1].justify = "right"
-        for case, columns, verdict in launcher.plan(sweep):
+        with Console(stderr=True).status(f"counting {name}"):
+            plan = list(launcher.plan(sweep))
+        for case, columns, verdict in plan:
             size = columns.get("memory_predicted_bytes")
             will = columns.get("reason") or verdicts[verdict]
             table.add_row(escape(str(case)), "" if size is None else f"{size / 2**20:,.1f}", escape(will))

@@ -19,7 +19,7 @@ from ablations.harness.scheduler import schedule
 from ablations.harness.sweep import Sweep
 from profiling.cases.case import Case
 from profiling.execution import environment, subprocess_runner
-from profiling.execution.benchmark import Job, static_analysis
+from profiling.execution.benchmark import Job
 from profiling.execution.subprocess_runner import Outcome
 from profiling.meters import roofline
 from profiling.meters.latency import QUICK
@@ -101,7 +101,8 @@ class Launcher:
         }
         done = 0
         concurrent = self.settings.device != "cpu"
-        self._know(cells, count_rest=concurrent)
+        timeout = max((cell.plan.timeout for cell in cells), default=0.0) if concurrent else None
+        self._know([cell.job for cell in cells], timeout)
         in_time = itertools.takewhile(lambda _: time.monotonic() < self._until, cells)
         for finished, cell, row in schedule(in_time, self._count, self._measure, self.models, concurrent):
             if finished and row:
@@ -113,10 +114,10 @@ class Launcher:
 
     def plan(self, sweep: Sweep) -> Iterator[tuple[Case, dict[str, Any], str]]:
         """Yield every case of a sweep with its static analysis and planned action; nothing is run or written."""
-        for case in sweep.cases(self.settings.device, self.settings.smoke):
-            if case.replicate:
-                continue
-            outcome = subprocess_runner.call(static_analysis, self._job(case, sweep), timeout=sweep.timeout)
+        cases = [case for case in sweep.cases(self.settings.device, self.settings.smoke) if not case.replicate]
+        self._know([self._job(case, sweep) for case in cases], sweep.timeout)
+        for case in cases:
+            outcome = self._known[case]
             columns = outcome.value or {"reason": f"{outcome.status}: {outcome.reason}"}
             yield case, columns, plan_action(columns, case, sweep, self.devices[0])
 
@@ -144,18 +145,15 @@ class Launcher:
                 else:
                     yield self.cell(name, sweep, case, store, model)
 
-    def _know(self, cells: Sequence[Cell], count_rest: bool) -> None:
-        """Load the static analysis of these cells and count the rest, before any cell is timed."""
-        missing = {static_analysis_cache.same(cell.case): cell for cell in cells}
-        missing = {case: cell for case, cell in missing.items() if case not in self._known}
+    def _know(self, jobs: Sequence[Job], timeout: float | None) -> None:
+        """Load the static analysis of these jobs, and count the rest now, unless ``timeout`` is None."""
+        missing = {static_analysis_cache.same(job.case): job for job in jobs}
+        missing = {case: job for case, job in missing.items() if case not in self._known}
         if missing and self.settings.static_analysis:
             self._known |= static_analysis_cache.load(self.settings.static_analysis, missing)
-        left = [cell for case, cell in missing.items() if case not in self._known]
-        if left and count_rest:
-            timeout = max(cell.plan.timeout for cell in left)
-            self._known |= static_analysis_cache.counted(
-                (cell.job for cell in left), timeout, self.devices[0].variables
-            )
+        left = [job for case, job in missing.items() if case not in self._known]
+        if left and timeout is not None:
+            self._known |= static_analysis_cache.counted(left, timeout, self.devices[0].variables)
 
     def _count(self, cells: Sequence[Cell]) -> list[dict[str, Any]]:
         return count(cells, self.models[cells[0].group][0], self._known)

@@ -29,6 +29,9 @@ HERE = Path(__file__).parent
 SCRIPTS = ("state.js", "forms.js", "data.js", "ranking.js", "table.js", "specs.js", "views.js", "charts.js", "main.js")
 CAPABILITY = "capability.csv"
 VEGA_LITE = "6.4"
+USAGE = """usage: python -m notebooks.explorer [results ...]
+
+Write explorer.html into the first of these folders (default: results), from the rows of every device in them."""
 NUMBERS = {
     "memory_predicted_bytes": "predicted", "memory_peak_bytes": "peak", "macs_counted": "macs",
     "macs_backward_counted": "backward", "latency_p50_ms": "ms", "latency_low_ms": "low", "latency_high_ms": "high",
@@ -41,8 +44,11 @@ SIZES = ("batch", "height", "width", "dim", "num_heads")
 
 def main(arguments: Sequence[str]) -> int:
     """Write the page of the folders given; returns the exit status: 0, or 2 with one line if it cannot be."""
+    if list(arguments) in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     if any(argument.startswith("-") for argument in arguments):
-        print("usage: python -m notebooks.explorer [results ...]", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     try:
         print(write([Path(argument) for argument in arguments] or [Path("results")]))

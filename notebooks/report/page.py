@@ -54,6 +54,9 @@ from profiling.schema.row import SchemaError, holds_costs
 from profiling.schema.row import load as load_rows
 
 NAME = "report.html"
+USAGE = """usage: python -m notebooks.report results/<device>
+
+Write report.html into this folder, from the CSVs in it."""
 DPI, CSS_PIXELS_PER_INCH = 150, 84
 STEP = 15
 """Between the levels of a colour's channels in a page's pictures; 255 is a multiple, so white stays white."""
@@ -101,8 +104,11 @@ SECTIONS = (
 
 def main(arguments: Sequence[str]) -> int:
     """Write the report of the folder given; returns the exit status: 0, or 2 with one line if the input is wrong."""
+    if list(arguments) in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m notebooks.report results/<device>", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     try:
         print(write(Path(arguments[0])))
@@ -121,7 +127,7 @@ def write(folder: Path) -> Path:
     """
     files = sorted(path for path in folder.glob("*.csv") if holds_costs(path) and path.name != "recommend.csv")
     if not files:
-        raise FileNotFoundError(f"{folder} holds no results of any sweep; `python run_all.py` makes them")
+        raise FileNotFoundError(f"{folder} holds no results of a sweep; `python run_all.py` makes results/<device>")
     path = folder / NAME
     path.write_text(page(load_rows(*files), [file.name for file in files], folder), encoding="utf-8")
     return path

@@ -30,9 +30,20 @@ def run_reporting(run: Callable[[], int], *expected: type[Exception]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except SystemExit as ending:
+        # Rich exits with 1 when the reader of stdout has gone; here 1 is a verdict.
+        if isinstance(ending.__context__, BrokenPipeError):
+            return 0
+        raise
     except mendable as problem:
-        print(f"error: {' '.join(str(problem).split())}", file=sys.stderr)
+        print(f"error: {' '.join(_words(problem).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished cells are kept, and the same command goes on from there", file=sys.stderr)
         return 130
+
+
+def _words(problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.filename is not None:
+        return f"{problem.filename}: {problem.strerror}"
+    return str(problem)

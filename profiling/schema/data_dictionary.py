@@ -16,7 +16,7 @@ def dictionary(schema: Schema = ROW) -> str:
 
 README = """# Results
 
-One folder per device, one CSV per sweep in it, one row per cell: one case, measured once. All files but
+One folder per device, one CSV per sweep in it, one row per cell: one case, measured once. The files of all sweeps but
 `capability*.csv`, which have columns of their own (last on this page), have the
 same columns, so they concatenate: `profiling.schema.row.load("results/<device>/topk.csv", ...)` gives one typed
 pandas table. An empty cell was not obtained or does not apply; it never stands for zero.
@@ -42,8 +42,9 @@ kernels work on copies that no rule covers.
 - `quadtree` and `deformable` have had other defaults: `quadtree` 3 levels, averaged values, neither LePE nor a bias of
   qkv; `deformable` a stride of 2 (in `stl` 8, 4, 2, 1), other points and offsets, one group, no position bias. All
   their rows are of these, except in `amd-epyc-2-threads`.
-- `intel-xeon-2-threads`: every sweep, of 17 attentions; three processes or more for each timed cell. `bra_speed` is of
-  an earlier version of `impl="sdpa"`. In `stl`, `dilated` was measured with an interval of 2 in every stage, which is
+- `intel-xeon-2-threads`: every sweep but `capability*`, of 17 attentions; three processes or more for each timed cell,
+  but one in `stl` and `complexity` and two in 13 cells of `precision`. `bra_speed` is of an earlier version of
+  `impl="sdpa"`. In `stl`, `dilated` was measured with an interval of 2 in every stage, which is
   now 8, 4, 2, 1; `cross_shaped` had the halves of its heads in the other order, which matters on oblong grids.
 - `amd-epyc-2-threads`: every sweep, `complexity`, `resolution`, `precision` and `stl` of 25 attentions. `topk`, three
   processes a case, and `precision` and `stl`, one process, were measured while the machine was quiet; while the

@@ -231,5 +231,5 @@ def agree(analytic: Any, counted: Any, fvcore: Any) -> bool | None:
 
 
 def holds_costs(path: Path) -> bool:
-    """Whether a CSV in a device's folder is of this schema, by its name; ``peaks.csv`` and accuracies are not."""
-    return path.name != "peaks.csv" and not path.name.startswith("capability")
+    """Whether a CSV in a folder of results is of this schema, by its name; peaks, accuracies and papers' are not."""
+    return path.name not in ("peaks.csv", "published_models.csv") and not path.name.startswith("capability")

@@ -199,6 +199,11 @@ def test_interrupted_run_prints_how_to_resume(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.startswith("interrupted; finished cells are kept")
 
 
+def test_missing_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = tmp_path / "none.md"
+    assert refused(capsys, "ablations", "table", str(missing)) == f"error: {missing}: No such file or directory\n"
+
+
 def test_a_results_folder_that_is_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("mine")
@@ -244,6 +249,13 @@ def test_help_names_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> No
         assert name in shown
     for name, option in options("bra").items():
         assert f"--{name.replace('_', '-')}" in shown and f"(default: {option.default})" in shown
+
+
+def test_help_of_recommend_tells_devices_from_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome(work_on_results, ["recommend", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"--device DEVICE cpu, cuda, auto .* or a folder of --results", shown)
+    assert re.search(r"--needs TASK,... rank by what was learned", shown)
 
 
 @pytest.mark.parametrize("name", names())

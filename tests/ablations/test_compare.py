@@ -1,5 +1,7 @@
 """The comparison of two runs, on synthetic rows with a known answer."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from attention_zoo import InvalidOption
 from profiling.cases.case import Case
 from profiling.schema.row import SchemaError, validate
 
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"torch": "2.13.0", "python": "3.11.7", "threads": 2}
 
 
@@ -223,7 +226,8 @@ def test_markdown() -> None:
     a = [row(7), row(14, memory_peak_bytes=100), row(28), row(56)]
     b = [row(7, 20.0), row(14, memory_peak_bytes=200), failed(28), row(112, torch="2.14.0")]
     lines = markdown(compared(a, b)).splitlines()
-    assert lines[0].startswith("3 cells in both: 0 FASTER, 1 SAME, 1 SLOWER, 0 UNCLEAR; 1 with a worse status.")
+    counts = "0 FASTER, 1 SAME, 1 SLOWER, 0 UNCLEAR, 1 without a time on both sides; 1 with a worse status."
+    assert lines[0].startswith(f"3 cells in both: {counts}")
     assert "| torch | 2.13.0 | 2.13.0, 2.14.0 |" in lines
     assert any(line.startswith("| SLOWER | 2 | 10 | 20 |") and "height=7" in line for line in lines)
     assert any("memory_peak_bytes: 100 -> 200" in line for line in lines)
@@ -255,6 +259,17 @@ def test_the_exit_status_is_that_of_a_regression(
     assert main(["compare", str(one), str(two), "--markdown"]) == status
     message = capsys.readouterr()
     assert message.err == "" and message.out.count("cells in both") == 2
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_gone_is_no_regression(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a.csv", row()), write(tmp_path / "b.csv", row())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ablations", "compare", str(one), str(two)], cwd=ROOT, stdout=-1, stderr=-1, text=True
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 0
 
 
 def test_folders_are_read_with_all_that_is_in_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

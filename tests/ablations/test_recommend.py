@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ def test_a_cell_that_kept_freed_memory_is_taken_before_one_that_returned_it() ->
     returned = [row(case(side), 9.0) | {"sweep": "other", "freed_memory": "returned"} for side in (14, 28)]
     result = measured(row(case(), 4.0) | {"freed_memory": "kept"}, *returned)
     assert (result.latency(case()).ms, result.latency(case(28)).ms) == (4.0, 9.0)
+
+
+def test_of_several_sweeps_the_least_disturbed_is_taken() -> None:
+    quiet = row(case(), 4.0) | {"sweep": "precision"}
+    assert measured(row(case(), 7.0), quiet, row(case(28), 9.0)).latency(case()).ms == 4.0
 
 
 def test_between_grids_latency_follows_the_power_law_through_them() -> None:
@@ -317,6 +323,13 @@ def test_the_page_fits_a_terminal_and_is_plain_in_a_pipe() -> None:
         "n_win does not divide the grid",
     ):
         assert message in words
+
+
+def test_a_long_option_is_broken_after_its_name() -> None:
+    page = io.StringIO()
+    long = Answer([replace(LONG, changed=(("kv_downsample_mode", "fracpool"),))], [], [])
+    recommend_page.show(long, replace(ASKED, needs=("recall",)), Console(file=page, width=80), 1)
+    assert "kv_downsample_mode= " in page.getvalue() and re.search(r"^fracpool", page.getvalue(), re.MULTILINE)
 
 
 def test_a_page_shows_the_top_and_counts_the_rest() -> None:

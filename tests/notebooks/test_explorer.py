@@ -149,7 +149,8 @@ def test_dark_theme_keeps_hues_that_are_seen_and_lightens_the_others() -> None:
 def test_input_that_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert explorer.main([str(tmp_path)]) == 2
     assert "holds no results of any device; `python run_all.py` makes them" in capsys.readouterr().err
-    assert explorer.main(["--help"]) == 2 and "usage: python -m notebooks.explorer" in capsys.readouterr().err
+    assert explorer.main(["--no"]) == 2 and "usage: python -m notebooks.explorer" in capsys.readouterr().err
+    assert explorer.main(["--help"]) == 0 and "usage: python -m notebooks.explorer" in capsys.readouterr().out
 
 
 def test_without_its_library_a_run_says_what_the_page_needs(

@@ -3,6 +3,7 @@
 import itertools
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -39,7 +40,7 @@ def test_names_beside_lines_do_not_overlap() -> None:
     plt.close(fig)
 
 
-def test_names_beside_marks_hide_no_mark_and_no_name() -> None:
+def test_names_beside_marks_hide_no_mark_and_no_name_nor_do_their_lines() -> None:
     fig, ax = plt.subplots(figsize=(8, 5))
     ax.set(xscale="log", yscale="log", xlim=(1, 1000), ylim=(1, 1000))
     points = {"alone": (300.0, 3.0), "edge": (990.0, 500.0), "by_a_text": (10.0, 500.0)}
@@ -62,4 +63,11 @@ def test_names_beside_marks_hide_no_mark_and_no_name() -> None:
     assert boxes["edge"].x1 < ax.transData.transform(points["edge"])[0]
     lines = [text for text in ax.texts if not text.get_text()]
     assert lines and {tuple(text.xy) for text in lines} <= {points[n] for n in points if n.startswith("one_of_many")}
+    for line in lines:
+        begin = ax.transData.transform(line.xy)
+        end = begin + np.array(line.get_position()) * fig.dpi / 72
+        for x, y in np.linspace(begin, end, 50)[:-1]:
+            assert not any(box.contains(x, y) for box in boxes.values()), line.xy
+            apart = [ax.transData.transform(place) for place in points.values() if place != line.xy]
+            assert all(np.hypot(*(mark - (x, y))) > 2 or np.hypot(*(mark - begin)) < 9 for mark in apart), line.xy
     plt.close(fig)

@@ -28,7 +28,7 @@ CHROMIUM = next((result for name in NAMES if (result := shutil.which(name))), No
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 TOLERANCE = 7
 """Of a colour's channels, of 255: a third of what the nearest two attentions' colours differ by in one of them."""
-ITS_OWN = ("update.googleapis.com", "clients2.google.com", "accounts.google.com")
+ITS_OWN = ("update.googleapis.com", "clients2.google.com", "accounts.google.com", "www.google.com")
 """Hosts that Chromium contacts by itself, whatever page it shows."""
 
 
@@ -159,8 +159,9 @@ def test_page_of_few_results_names_missing_sweeps(tmp_path: Path) -> None:
 
 def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main([str(tmp_path)]) == 2
-    assert "holds no results of any sweep; `python run_all.py` makes them" in capsys.readouterr().err
+    assert "holds no results of a sweep; `python run_all.py` makes results/<device>" in capsys.readouterr().err
     assert report.main([]) == 2 and "usage: python -m notebooks.report" in capsys.readouterr().err
+    assert report.main(["--help"]) == 0 and "usage: python -m notebooks.report" in capsys.readouterr().out
     (tmp_path / "topk.csv").write_text("name,ms\nbra,1\n")
     with pytest.raises(SchemaError, match="another schema"):
         report.write(tmp_path)
