@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from ablations.analysis.closed_form import (
     CHANNEL,
@@ -31,6 +32,8 @@ from ablations.sweeps import resolution
 from attention_zoo import InvalidOption, Unsupported, names, options
 from profiling.cases.case import Case, available_impls
 
+CPU = torch.backends.cpu.get_cpu_capability()
+"""Vector instructions of this processor: the scratch of CPU kernels depends on them."""
 SIDES, DIMS, HEAD_DIMS = (14, 1024), (32, 64, 96, 128, 192, 256, 384, 512), (16, 32, 64)
 """The range of shapes: tokens per side, channels, and channels per head; with two heads or more."""
 SAMPLES, COUNTS, HELD_OUT = 7, 60, 4
@@ -93,8 +96,8 @@ def entry(configuration: Configuration) -> dict[str, Any]:
 
 
 def shapes() -> dict[str, Any]:
-    """The range of shapes of the forms, for the file."""
-    return {"sides": SIDES, "dims": DIMS, "head_dims": HEAD_DIMS, "spatial": SPATIAL, "channel": CHANNEL}
+    """The range of shapes of the forms, and the vector instructions of the CPU that they are of, for the file."""
+    return {"cpu": CPU, "sides": SIDES, "dims": DIMS, "head_dims": HEAD_DIMS, "spatial": SPATIAL, "channel": CHANNEL}
 
 
 def analyze(configuration: Configuration) -> dict[str, Any]:

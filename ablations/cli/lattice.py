@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ablations.analysis.lattice import Configuration, configurations, entry, shapes
+from ablations.analysis.lattice import CPU, Configuration, configurations, entry, shapes
 from ablations.cli.progress import progress
 from attention_zoo import InvalidOption, names
 from profiling.cli.arguments import Parser
@@ -25,7 +25,8 @@ Write the predictions that the explorer shows: memory and MACs of every
 attention, as closed forms in grid, channels and heads, fitted to exact
 predictions of some 40 shapes each. Each form comes with its largest error on
 shapes that were held out. Configurations are written as they are done, and the
-same command goes on from there.
+same command goes on from there. The memory of CPUs is that of this processor's
+vector instructions, whose kernels have scratch of their own.
 """
 THREADS = 2
 """Threads for which the scratch of CPU kernels is predicted."""
@@ -89,9 +90,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["configurations"])
+        file = json.loads(path.read_text(encoding="utf-8"))
+        made_on, entries = file["cpu"], list(file["configurations"])
     except (ValueError, KeyError, TypeError) as problem:
         raise InvalidOption(f"{path} holds no predictions ({problem!r}); --fresh makes it anew") from None
+    if made_on != CPU:
+        raise InvalidOption(f"{path} is of a CPU with {made_on}, and this one has {CPU}; --fresh makes it anew")
+    return entries
 
 
 def _write(path: Path, entries: Iterable[dict[str, Any]]) -> None:

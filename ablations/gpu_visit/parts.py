@@ -270,9 +270,14 @@ def _tool(visit: Visit, seconds: float, name: str, *arguments: str) -> str:
 def _python(visit: Visit, seconds: float, *arguments: str) -> int:
     """Run Python in its own process group; returns the exit status, negative if the time limit was reached."""
     visit.say(f"python {' '.join(arguments)}")
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=visit.log, stderr=visit.log, start_new_session=True
-    )
+    # A visit in the background of a shell ignores interrupts, and its children would too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, stdout=visit.log, stderr=visit.log, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -157,7 +157,8 @@ def _accuracy(predictions: dict[str, Any] | None) -> str:
     """How exact predictions between shapes of the lattice are, for the key of the table."""
     if not predictions or not predictions.get("error"):
         return ""
-    return f", within {100 * max(predictions['error'].values()):.2g} % of the exact prediction"
+    percent = f"{100 * max(predictions['error'].values()):.2g} %"
+    return f", within {percent} of the exact prediction; memory of a CPU: with {predictions['cpu']}"
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[Path]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "predictions.json"
-KEYS = {"sides", "dims", "head_dims", "spatial", "channel", "configurations"}
+KEYS = {"cpu", "sides", "dims", "head_dims", "spatial", "channel", "configurations"}
 
 KINDS_OF_PADDING = 4
 
@@ -14,9 +14,10 @@ KINDS_OF_PADDING = 4
 def load(path: Path) -> dict[str, Any]:
     """The predicted candidates with the range of their shapes and their largest errors.
 
-    Keys: ``range`` of side, dim and heads; ``error`` of memory and macs; the names of the ``spatial`` and ``channel``
-    monomials; ``candidates``, each with its attention, options, impl and forms: ``memory`` by device, dtype and mode,
-    ``macs`` by mode. A form is the grid's rounding, and for each kind of padding the sums whose largest is the value.
+    Keys: ``cpu``, the vector instructions of the CPU; ``range`` of side, dim and heads; ``error`` of memory and macs; the
+    names of the ``spatial`` and ``channel`` monomials; ``candidates``, each with its attention, options, impl and
+    forms: ``memory`` by device, dtype and mode, ``macs`` by mode. A form is the grid's rounding, and for each kind of
+    padding the sums whose largest is the value.
 
     Raises:
         ValueError: the file is of another form.
@@ -27,6 +28,7 @@ def load(path: Path) -> dict[str, Any]:
     entries = [entry for entry in file["configurations"] if "failed" not in entry]
     errors = [(word == "macs", error) for entry in entries for word, error in entry["error"].items()]
     return {
+        "cpu": file["cpu"],
         "range": {
             "side": file["sides"], "dim": [min(file["dims"]), max(file["dims"])],
             "heads": [2, max(file["dims"]) // min(file["head_dims"])],

@@ -2,9 +2,11 @@
 
 The scratch of oneDNN's convolutions and PyTorch's fused attention depends on the processor, the thread count and
 internal thresholds. So it is measured: the same operator runs on shrunken inputs. Their scratch equals that of the
-full input (attention), or grows linearly with pixels (convolution) or rows (softmax of unfused attention).
+full input (attention), or grows linearly with pixels (large convolution) or rows (softmax of unfused attention). A
+small convolution runs as it is, since oneDNN may choose another algorithm for another size.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,7 +19,9 @@ _aten = torch.ops.aten
 Shrunk = tuple[int, tuple[Any, ...], dict[str, Any]]
 """Size that the scratch is linear in, arguments, keyword arguments."""
 SIDE = 56
-"""A convolution of more pixels per side is probed at this size and half of it."""
+"""A large convolution of more pixels per side is probed at this size and half of it."""
+WHOLE_MACS, WHOLE_VALUES = 4 << 30, 16 << 20
+"""The most MACs and input values of a convolution that is probed as it is, in a fraction of a second."""
 ROWS = 32
 """A softmax is probed at this many rows and half of them."""
 LENGTH = 1024
@@ -143,9 +147,16 @@ def _input(call: Call) -> Spec:
 
 
 def _small_convolutions(call: Call) -> list[Shrunk]:
-    x = _input(call)
-    small = max(x.shape[2:]) <= SIDE
-    return [_convolution(call, side) for side in ((max(x.shape[2:]),) if small else (SIDE // 2, SIDE))]
+    side, values = max(_input(call).shape[2:]), torch.Size(_input(call).shape).numel()
+    small = side <= SIDE or (_macs(call) <= WHOLE_MACS and values <= WHOLE_VALUES)
+    return [_convolution(call, size) for size in ((side,) if small else (SIDE // 2, SIDE))]
+
+
+def _macs(call: Call) -> int:
+    """MACs of the forward pass of a convolution."""
+    backward = call.func is _aten.convolution_backward.default
+    weight, stride = (call.args[2], call.args[4]) if backward else (call.args[1], call.args[3])
+    return torch.Size(weight.shape).numel() * _size(call) // math.prod(stride)
 
 
 def _convolution(call: Call, side: int) -> Shrunk:

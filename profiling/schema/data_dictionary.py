@@ -28,6 +28,10 @@ pandas table. An empty cell was not obtained or does not apply; it never stands 
   `python -m notebooks.report results/<device>` does so from the files alone.
 - `explorer.html` here ranks the attentions of all devices for a shape and a budget; every run writes it anew, and
   `python -m notebooks.explorer results` does so from the files alone.
+- `predictions.json` holds the closed forms of memory and MACs that the explorer evaluates (`python -m ablations
+  lattice`). CPU kernels take other scratch with other vector instructions: its memory of CPUs is that of AVX-512, as on
+  the Xeon. With AVX2, as on the EPYC, training of `pseudo_conv` takes 1.2 MB less at dim 64: of 2.0 MB at 14 x 14 and
+  of 6.5 at 56 x 56.
 - `figures/` and `tables/` are written by the notebooks, from these files alone. `profile_one_config.json` is what
   the profiler said of the one configuration in the notebook of that name.
 - `capability*.csv` hold accuracies, one row per training: `profiling.schema.capability.load(...)`. Three seeds are

@@ -40,7 +40,7 @@ def entry(attention: str, form: Any, impl: str = "reference", **options: Any) ->
 
 
 PREDICTIONS = {
-    "sides": [14, 1024], "dims": [16, 512], "head_dims": [16, 32],
+    "cpu": "AVX2", "sides": [14, 1024], "dims": [16, 512], "head_dims": [16, 32],
     "spatial": ["1", "HW", "HHWW"], "channel": ["1", "d", "h"],
     "configurations": [
         entry("window", WINDOW), entry("window", WINDOW, "sdpa", window_size=14), entry("full", FULL),
