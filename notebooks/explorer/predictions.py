@@ -14,8 +14,8 @@ KINDS_OF_PADDING = 4
 def load(path: Path) -> dict[str, Any]:
     """The predicted candidates with the range of their shapes and their largest errors.
 
-    Keys: ``cpu``, the vector instructions of the CPU; ``range`` of side, dim and heads; ``error`` of memory and macs; the
-    names of the ``spatial`` and ``channel`` monomials; ``candidates``, each with its attention, options, impl and
+    Keys: ``cpu``, the vector instructions of the CPU; ``range`` of side, dim and heads; ``error`` of memory and macs;
+    the names of the ``spatial`` and ``channel`` monomials; ``candidates``, each with its attention, options, impl and
     forms: ``memory`` by device, dtype and mode, ``macs`` by mode. A form is the grid's rounding, and for each kind of
     padding the sums whose largest is the value.
 
