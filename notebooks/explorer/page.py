@@ -89,6 +89,7 @@ def write(roots: Sequence[Path]) -> Path:
         left_out=shown["leftOut"],
         predictions=shown["predictions"] is not None,
         accuracy=_accuracy(shown["predictions"]),
+        cpu=(shown["predictions"] or {}).get("cpu"),
         # No text in the data may end its element.
         data=Markup(content.replace("<", "\\u003c")),
         style=Markup((HERE / "explorer.css").read_text(encoding="utf-8")),
@@ -157,8 +158,7 @@ def _accuracy(predictions: dict[str, Any] | None) -> str:
     """How exact predictions between shapes of the lattice are, for the key of the table."""
     if not predictions or not predictions.get("error"):
         return ""
-    percent = f"{100 * max(predictions['error'].values()):.2g} %"
-    return f", within {percent} of the exact prediction; memory of a CPU: with {predictions['cpu']}"
+    return f", within {100 * max(predictions['error'].values()):.2g} % of the exact prediction"
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[Path]:
