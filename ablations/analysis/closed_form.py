@@ -1,15 +1,20 @@
 """Closed forms of sizes: sums of monomials in grid, channels and heads, with grids rounded as an attention pads them.
 
-A form is a list of [factor, spatial, channel], indices into :data:`SPATIAL` and :data:`CHANNEL`.
+A form is a list of [factor, spatial, channel], indices into :data:`SPATIAL` and :data:`CHANNEL`. Where an operator sums
+over rows on CUDA, it is a mapping: the form ``alive`` of what is alive then, the forms ``rows`` and ``columns`` of the
+matrix, and ``vector`` and ``bytes``, of which :class:`ColumnSum` makes the scratch.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+
+from profiling.meters.cuda_scratch import ColumnSum
 
 SPATIAL = (
     "1", "H", "W", "A", "B", "C", "D", "HW", "AB", "CD", "AW", "HB", "HH", "WW", "AA", "BB", "HHW", "HWW", "AAB", "ABB",
@@ -150,7 +155,17 @@ def as_form(factors: Array) -> list[list[float]]:
     return [[float(f"{factors[k]:.9g}"), *divmod(int(k), len(CHANNEL))] for k in places]
 
 
-def evaluate(forms: Sequence[Sequence[Sequence[float]]], shape: Shape, rounding: Rounding) -> float:
+def evaluate(forms: Sequence[Any], shape: Shape, rounding: Rounding) -> float:
     """The largest of several forms at a shape."""
     terms = shape.terms(rounding)
-    return max(sum(factor * terms[int(s) * len(CHANNEL) + int(c)] for factor, s, c in form) for form in forms)
+
+    def value(form: Sequence[Sequence[float]]) -> float:
+        return float(sum(factor * terms[int(s) * len(CHANNEL) + int(c)] for factor, s, c in form))
+
+    def whole(form: Any) -> float:
+        if not isinstance(form, Mapping):
+            return value(form)
+        rows, columns = round(value(form["rows"])), round(value(form["columns"]))
+        return value(form["alive"]) + ColumnSum(rows, columns, form["vector"], form["bytes"]).staging()
+
+    return max(map(whole, forms))

@@ -31,6 +31,7 @@ from ablations.analysis.timeline import MODES, Timeline, counted, devices_alike,
 from ablations.sweeps import resolution
 from attention_zoo import InvalidOption, Unsupported, names, options
 from profiling.cases.case import Case, available_impls
+from profiling.meters.cuda_scratch import ColumnSum
 
 CPU = torch.backends.cpu.get_cpu_capability()
 """Vector instructions of this processor: the scratch of CPU kernels depends on them."""
@@ -204,31 +205,55 @@ def _alike(runs: Runs, word: str, rounding: Rounding, padding: int) -> tuple[lis
     return most, [runs[shape][word] for shape in most]
 
 
-def _peaks(runs: Runs, word: str, rounding: Rounding, padding: int, draw: random.Random) -> list[list[list[float]]]:
+@dataclass(frozen=True)
+class _Sum:
+    """A sum over rows: the factors of what is alive, of rows and of columns, and what is the same at all shapes."""
+
+    alive: Array
+    rows: Array
+    columns: Array
+    vector: int
+    itemsize: int
+
+    def values(self, terms: Array) -> Array:
+        """Bytes alive within the sum at each shape of a table."""
+        sizes = zip(np.rint(terms @ self.rows), np.rint(terms @ self.columns), strict=True)
+        scratch = [ColumnSum(int(rows), int(columns), self.vector, self.itemsize).staging() for rows, columns in sizes]
+        return terms @ self.alive + np.array(scratch, dtype=float)
+
+    def form(self) -> dict[str, Any]:
+        """Its closed form."""
+        forms = {name: as_form(getattr(self, name)) for name in ("alive", "rows", "columns")}
+        return forms | {"vector": self.vector, "bytes": self.itemsize}
+
+
+def _peaks(runs: Runs, word: str, rounding: Rounding, padding: int, draw: random.Random) -> list[Any]:
     """A form for every operator that is the peak at some shape of that padding."""
     shapes, lines = _alike(runs, word, rounding, padding)
     if not shapes:
         return []
     terms, sizes = table(shapes, rounding), np.array([line.sizes for line in lines], dtype=float).T
     known: dict[tuple[float, ...], Array] = {}
-    forms = []
-    for values in sizes:
-        key = tuple(values)
+    storages = []
+    for sizes_at in sizes:
+        key = tuple(sizes_at)
         if key not in known:
-            found = identify(values, terms)
-            known[key] = fit(values, terms) if found is None else found
-        forms.append(known[key])
+            found = identify(sizes_at, terms)
+            known[key] = fit(sizes_at, terms) if found is None else found
+        storages.append(known[key])
     change = np.zeros((lines[0].moments + 1, terms.shape[1]))
-    for factors, (born, died) in zip(forms, lines[0].lifetimes, strict=True):
+    for factors, (born, died) in zip(storages, lines[0].lifetimes, strict=True):
         change[born] += factors
         change[min(died, lines[0].moments)] -= factors
     alive = np.cumsum(change[:-1], axis=0)
     # Sums and differences of factors leave what rounding leaves.
     alive[abs(alive) < 1e-6 * abs(change).max(axis=0)] = 0
     candidates = [*alive, *(alive[moment] + factors for moment, factors in _scratch(lines, terms))]
+    sums = list(_sums(lines, terms, alive))
     tried = table([random_shape(draw, rounding, padding) for _ in range(TRIED)], rounding)
-    largest = (tried @ np.array(candidates).T).argmax(axis=1)
-    return [as_form(candidates[place]) for place in sorted(set(map(int, largest)))]
+    values = np.column_stack([tried @ np.array(candidates).T, *(one.values(tried) for one in sums)])
+    forms = [*map(as_form, candidates), *(one.form() for one in sums)]
+    return [forms[place] for place in sorted(set(map(int, values.argmax(axis=1))))]
 
 
 def _scratch(lines: Sequence[Timeline], terms: Array) -> Iterator[tuple[int, Array]]:
@@ -237,6 +262,19 @@ def _scratch(lines: Sequence[Timeline], terms: Array) -> Iterator[tuple[int, Arr
         values = np.array([float(line.scratch.get(moment, 0)) for line in lines])
         found = identify(values, terms, thorough=False) if values.all() else None
         yield moment, fit(values, terms) if found is None else found
+
+
+def _sums(lines: Sequence[Timeline], terms: Array, alive: Array) -> Iterator[_Sum]:
+    """The sums over rows whose rows and columns have forms."""
+    for moment, first in lines[0].sums.items():
+        every = [line.sums.get(moment) for line in lines]
+        found = [one for one in every if one is not None]
+        sizes = np.array([(one.rows, one.columns) for one in found], dtype=float).T
+        if len(found) < len(lines) or not any(one.staging() for one in found):
+            continue
+        rows, columns = (identify(size, terms, thorough=False) for size in sizes)
+        if rows is not None and columns is not None:
+            yield _Sum(alive[moment], rows, columns, min(one.vector for one in found), first.itemsize)
 
 
 def _macs(configuration: Configuration, draw: random.Random, rounding: Rounding) -> tuple[dict[str, Any], float]:

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from profiling.cases.case import Case
-from profiling.meters import macs
-from profiling.meters.cpu_scratch import Call, bound, is_opaque, scratch
+from profiling.meters import cpu_scratch, cuda_scratch, macs
+from profiling.meters.cuda_scratch import ColumnSum
+from profiling.meters.operator_call import Call
 from profiling.meters.peak_memory import Allocations, predict
 
 VARIANTS = (("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16"))
@@ -30,13 +31,16 @@ class Timeline:
         lifetimes: for each, the first moment at which it is alive and the first at which it is not any more. Moment 0
             is before the step, moment n after its n-th operator.
         moments: their number.
-        scratch: bytes that a CPU kernel allocates and frees within the operator, by moment, where that may be the peak.
+        scratch: bytes that a kernel allocates and frees within the operator, by moment; on a CPU where that may be
+            the peak.
+        sums: on CUDA, sums over rows, whose scratch is no sum of monomials, by moment.
     """
 
     sizes: tuple[int, ...]
     lifetimes: tuple[tuple[int, int], ...]
     moments: int
     scratch: dict[int, int] = field(default_factory=dict)
+    sums: dict[int, ColumnSum] = field(default_factory=dict)
 
     def alive(self) -> list[int]:
         """Bytes alive at each moment."""
@@ -49,7 +53,8 @@ class Timeline:
     def peak(self) -> int:
         """The largest number of bytes alive, scratch included."""
         alive = self.alive()
-        return max(*alive, *(alive[moment] + size for moment, size in self.scratch.items()))
+        within = self.scratch | {moment: one.staging() for moment, one in self.sums.items()}
+        return max(*alive, *(alive[moment] + size for moment, size in within.items()))
 
 
 class Recorder(Allocations):
@@ -79,23 +84,33 @@ class Recorder(Allocations):
         # Moment 0 is over.
         self.moment = max(self.moment, 1)
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if is_opaque(func):
+        if cpu_scratch.is_opaque(func) or cuda_scratch.is_opaque(func):
             self._calls.append((self.moment, Call.of(func, args, kwargs or {})))
         self.moment += 1
         return out
 
-    def timeline(self, with_scratch: bool) -> Timeline:
-        """What was recorded; call it outside of any dispatch mode."""
+    def timeline(self, device: str) -> Timeline:
+        """What was recorded, with the scratch of that device's kernels; call it outside of any dispatch mode."""
         sizes = tuple(size for size, _, _ in self._storages)
         result = Timeline(sizes, tuple((born, died) for _, born, died in self._storages), self.moment)
-        if not with_scratch:
-            return result
-        alive, within = result.alive(), {}
+        return self._with_cuda_scratch(result) if device == "cuda" else self._with_cpu_scratch(result)
+
+    def _with_cuda_scratch(self, line: Timeline) -> Timeline:
+        scratch, sums = {}, {}
+        for moment, call in self._calls:
+            if found := cuda_scratch.column_sum(call):
+                sums[moment] = found
+            elif cuda_scratch.is_opaque(call.func):
+                scratch[moment] = cuda_scratch.scratch(call)
+        return replace(line, scratch=scratch, sums=sums)
+
+    def _with_cpu_scratch(self, line: Timeline) -> Timeline:
+        alive, within = line.alive(), {}
         peak = max(alive)
         for moment, call in self._calls:
-            if alive[moment] + bound(call) > peak:
-                within[moment] = scratch(call)
-        return replace(result, scratch=within)
+            if cpu_scratch.is_opaque(call.func) and alive[moment] + cpu_scratch.bound(call) > peak:
+                within[moment] = cpu_scratch.scratch(call)
+        return replace(line, scratch=within)
 
 
 def timelines(case: Case, alike: bool = False) -> Iterator[tuple[str, Timeline]]:
@@ -110,15 +125,18 @@ def timelines(case: Case, alike: bool = False) -> Iterator[tuple[str, Timeline]]
             continue
         recorder, one = Recorder(), replace(case, device=device, dtype=dtype, mode=mode)  # type: ignore[arg-type]
         predict(one.workload("meta"), device, recorder)
-        line = recorder.timeline(device == "cpu")
-        yield f"{device} {dtype} {mode}", line
+        yield f"{device} {dtype} {mode}", recorder.timeline(device)
         if alike and device == "cpu":
-            yield f"cuda {dtype} {mode}", replace(line, scratch={})
+            yield f"cuda {dtype} {mode}", recorder.timeline("cuda")
 
 
 def devices_alike(lines: Mapping[str, Timeline]) -> bool:
     """Whether fp32 has the same storages on both devices."""
-    return all(replace(lines[f"cpu fp32 {mode}"], scratch={}) == lines[f"cuda fp32 {mode}"] for mode in MODES)
+
+    def storages(line: Timeline) -> Timeline:
+        return replace(line, scratch={}, sums={})
+
+    return all(storages(lines[f"cpu fp32 {mode}"]) == storages(lines[f"cuda fp32 {mode}"]) for mode in MODES)
 
 
 def counted(case: Case) -> tuple[int, int]:

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
     "attention_zoo/**/*.py",
     "profiling/cases/*.py",
-    *(f"profiling/meters/{name}.py" for name in ("macs", "peak_memory", "cpu_scratch")),
+    *(f"profiling/meters/{name}.py" for name in ("macs", "peak_memory", "operator_call")),
+    "profiling/meters/c*_scratch.py",
     *(f"profiling/execution/{name}.py" for name in ("benchmark", "static_analysis")),
 )
 """The code that static analysis depends on."""

@@ -16,6 +16,22 @@ function spatialTerms([up, coarse, down], at) {
   return DATA.predictions.spatial.map((name) => [...name].reduce((product, letter) => product * sides[letter], 1));
 }
 
+// Scratch of a sum over the rows of a matrix on CUDA: ColumnSum.staging of profiling/meters/cuda_scratch.py.
+function staging(rows, columns, vector, bytes) {
+  const threads = 512 / vector;
+  const outputs = Math.floor(columns / vector);
+  const power = (number) => (number >= threads ? threads : 2 ** Math.floor(Math.log2(number)));
+  let width = Math.min(power(outputs), 32);
+  const height = Math.min(power(rows), Math.floor(threads / width));
+  width = Math.min(power(outputs), Math.floor(threads / height));
+  const each = Math.ceil(rows / height);
+  const grid = Math.ceil(outputs / width);
+  const room = 132 * Math.floor(2048 / (width * height));
+  if (rows < Math.min(16 * height, 256) || each < 256 || grid > room) return 0;
+  const blocks = Math.max(Math.min(Math.ceil(room / grid), Math.ceil(each / 16)), Math.ceil(each / 256));
+  return blocks === 1 ? 0 : bytes * columns * blocks * width * vector + 4 * grid;
+}
+
 // Bytes or MACs of a shape; null where the attention does not take it, or where no form was found for it.
 function evaluateForm([rounding, byPadding], at) {
   if (at.dim % at.heads || at.heads < 2 || (at.batch ?? 1) !== 1) return null;
@@ -24,5 +40,7 @@ function evaluateForm([rounding, byPadding], at) {
   const spatial = spatialTerms(rounding, at);
   const channel = [1, at.dim, at.heads, at.dim * at.dim, (at.dim * at.dim) / at.heads];
   const sum = (form) => form.reduce((total, [factor, s, c]) => total + factor * spatial[s] * channel[c], 0);
-  return forms.length ? Math.max(...forms.map(sum)) : null;
+  const whole = (form) => (Array.isArray(form) ? sum(form)
+    : sum(form.alive) + staging(Math.round(sum(form.rows)), Math.round(sum(form.columns)), form.vector, form.bytes));
+  return forms.length ? Math.max(...forms.map(whole)) : null;
 }

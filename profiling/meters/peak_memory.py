@@ -19,7 +19,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attention_zoo.core.memory_simulation import simulated_device
 from profiling.cases.workload import AUTOCAST, Workload, with_fake_tensors
-from profiling.meters.cpu_scratch import Call, bound, is_opaque, memory_events, peak_of, scratch
+from profiling.meters import cpu_scratch, cuda_scratch
+from profiling.meters.cpu_scratch import memory_events, peak_of
+from profiling.meters.operator_call import Call
+
+SCRATCH: dict[str, Any] = {"cpu": cpu_scratch, "cuda": cuda_scratch}
+"""What is known of scratch within operators, by device."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,17 @@ class Allocations(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.register_storage(leaf)
         self.peak = max(self.peak, self.live)
-        if is_opaque(func):
+        if cpu_scratch.is_opaque(func) or cuda_scratch.is_opaque(func):
             call = Call.of(func, args, kwargs or {})
             self._opaque[call] = max(self._opaque.get(call, 0), self.live)
         return out
 
-    def peak_with_scratch(self) -> int:
-        """The peak including the internal scratch of kernels; call it outside of any dispatch mode."""
-        peak = self.peak
+    def peak_with_scratch(self, device: str) -> int:
+        """The peak including the scratch of that device's kernels; call it outside of any dispatch mode."""
+        peak, kernels = self.peak, SCRATCH[device]
         for call, live in sorted(self._opaque.items(), key=lambda item: -item[1]):
-            if live + bound(call) > peak:
-                peak = max(peak, live + scratch(call))
+            if kernels.is_opaque(call.func) and live + kernels.bound(call) > peak:
+                peak = max(peak, live + kernels.scratch(call))
         return peak
 
 
@@ -111,7 +116,7 @@ def predict(work: Workload, device: str = "cpu", tracker: Allocations | None = N
         tracker.peak = base = tracker.live
         with simulated_device(kind), imitation.settings(), _casts(work, kind), tracker:
             imitation.step()
-    return Memory(base, tracker.peak if kind == "cuda" else tracker.peak_with_scratch())
+    return Memory(base, tracker.peak_with_scratch(kind))
 
 
 class CudaCasts(TorchFunctionMode):

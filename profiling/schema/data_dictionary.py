@@ -62,12 +62,11 @@ kernels work on copies that no rule covers.
   such as those of `linear` and `dilated` at `recall`, leave the plateau late or not at all: see the range over seeds.
 - `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;
   `resolution`, `precision` and `stl` are not measured yet. One process a cell. The kernels of `impl="triton"` have
-  changed since. Predictions were computed again on 2026-11-28 by mended rules, except for training by
+  changed since. Predictions were computed again on 2026-11-29 by mended rules, except for training by
   `impl="triton"`; those of `auto` in training are of the new kernels, and up to 16 % above the peak measured with the
-  old ones. Forward they are within 1 % of the measured peak, except for `sdpa` at 600 x 500 (1.72 times as much) and
-  `triton` there (5 % more). In training `sdpa` takes up to 1.6 times as much as predicted, in every attention, and
-  `reference` with many scores up to 1.33 times, by what cuDNN and PyTorch allocate within a backward pass; all else
-  is within 1 %.
+  old ones. All others are within 1 % of the measured peak, but `triton` forward at 600 x 500 (5 % more). The rules
+  for what kernels allocate on CUDA (`profiling/meters/cuda_scratch.py`) are PyTorch's, and were found with these rows:
+  another card's are yet to test them.
 
 ## Units
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,31 @@ def test_a_timeline_has_the_predicted_peak(name: str, impl: str, mode: Any) -> N
     for device in ("cpu", "cuda"):
         recorder = Recorder()
         memory = predict(case.workload("meta"), device, recorder)
-        line = recorder.timeline(device == "cpu")
+        line = recorder.timeline(device)
         assert (line.alive()[0], line.peak()) == (memory.base, memory.peak)
-    assert set(dict(timelines(case))) == {
+    lines = dict(timelines(case))
+    for word, line in lines.items():
+        device, dtype, each = word.split()
+        one = replace(case, mode=each, dtype=dtype)  # type: ignore[arg-type]
+        assert line.peak() == predict(one.workload("meta"), device).peak
+    assert set(lines) == {
         f"{variant} {mode}" for variant in ("cpu fp32", "cuda fp32", "cuda bf16") for mode in lattice.MODES
     }
+
+
+def test_a_form_of_a_sum_over_rows_is_exact_where_it_is_the_peak() -> None:
+    configuration = next(c for c in lattice.configurations() if (c.name, c.impl) == ("window", "sdpa"))
+    entry, word = lattice.entry(configuration), "cuda bf16 forward_backward"
+    by_padding = entry["memory"][word]
+    assert any(isinstance(form, dict) for form in by_padding[0])
+    for height, width, dim in ((56, 56, 64), (56, 61, 64), (224, 210, 128), (700, 714, 96)):
+        shape = Shape(height, width, dim, dim // 32)
+        exact = predict(configuration.case(shape, dtype="bf16").workload("meta"), "cuda").peak
+        assert lattice.memory(entry, word, shape) == pytest.approx(exact, rel=1e-6)
+    # At 56 x 56 the sum decides.
+    small = Shape(56, 56, 64, 2)
+    others = [form for form in by_padding[0] if isinstance(form, list)]
+    assert evaluate(others, small, lattice.rounding_of(entry)) < 0.8 * lattice.memory(entry, word, small)
 
 
 def test_the_file_has_every_attention_and_no_form_that_was_found_wrong() -> None:

@@ -1,0 +1,153 @@
+"""Scratch memory that a CUDA kernel allocates and frees inside one operator, invisible to dispatch modes.
+
+Each rule is what PyTorch's kernels allocate, or what cuDNN asked for on an NVIDIA H100 with PyTorch 2.11: with them,
+the predicted peaks are those measured there, most to the byte. Operators are seen on fake CPU tensors, so the CPU's
+fused attention stands for CUDA's: cuDNN's in half precision, the memory-efficient kernel in fp32.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from profiling.meters.operator_call import Call, Spec
+
+_aten = torch.ops.aten
+SMS, THREADS_PER_SM = 132, 2048
+"""Multiprocessors of an H100 (SXM) and an H200, and their threads. A sum over very many rows depends on them."""
+CUDNN_BYTES = 272
+"""Bytes of cuDNN's workspace, and of the random state of a dropout, that no size changes."""
+EFFICIENT_TILE = 64
+"""Queries, and channels, per tile of the memory-efficient kernel's backward pass."""
+FLASH_CHANNELS = 8
+"""In half precision, channels per head that are no multiple go to FlashAttention, padded to the next."""
+
+
+def is_opaque(func: Any) -> bool:
+    """Whether the operator's kernel has scratch that dispatch modes cannot observe."""
+    return func in _RULES
+
+
+def scratch(call: Call) -> int:
+    """Peak bytes of the call's kernel beyond what remains allocated after it."""
+    return _RULES[call.func](call)
+
+
+bound = scratch
+
+
+class ColumnSum(NamedTuple):
+    """A sum over the rows of a matrix, such as the gradient of a bias.
+
+    Attributes:
+        rows: values per sum.
+        columns: sums.
+        vector: sums that a thread takes at once: 4, or as many as divide the sums that are adjacent in memory.
+        itemsize: bytes of the type in which is summed.
+    """
+
+    rows: int
+    columns: int
+    vector: int = 4
+    itemsize: int = 4
+
+    def staging(self) -> int:
+        """Bytes in which blocks of threads leave what they summed, if several share a sum; else 0.
+
+        There is a place for every sum, block and column of a block's threads. So it can exceed the matrix: for the
+        gradient of a bias in bf16, of a width that 128 divides, it takes up to four times as much.
+        Source: ``setReduceConfig`` and ``global_memory_size`` in PyTorch's aten/src/ATen/native/cuda/Reduce.cuh.
+        """
+        threads, outputs = 512 // self.vector, self.columns // self.vector
+        width = min(_power_of_2(outputs, threads), 32)
+        height = min(_power_of_2(self.rows, threads), threads // width)
+        width = min(_power_of_2(outputs, threads), threads // height)
+        each, grid = -(-self.rows // height), -(-outputs // width)
+        room = SMS * (THREADS_PER_SM // (width * height))
+        if self.rows < min(16 * height, 256) or each < 256 or grid > room:
+            return 0
+        blocks = max(min(-(-room // grid), -(-each // 16)), -(-each // 256))
+        # And a counter for every column of blocks.
+        return 0 if blocks == 1 else self.itemsize * self.columns * blocks * width * self.vector + 4 * grid
+
+
+def column_sum(call: Call) -> ColumnSum | None:
+    """The sum over rows that the call is; None if it is none, or one along adjacent values, which takes little."""
+    if call.func not in (_aten.sum.dim_IntList, _aten.mean.dim):
+        return None
+    x: Spec = call.args[0]
+    over = call.args[1] if len(call.args) > 1 and call.args[1] else range(len(x.shape))
+    reduced = {axis % len(x.shape) for axis in over}
+    axes = sorted((axis for axis, size in enumerate(x.shape) if size > 1), key=lambda axis: x.stride[axis])
+    if not axes or axes[0] in reduced or 0 in x.shape:
+        return None
+    run = 1
+    for axis in axes:
+        if axis in reduced or x.stride[axis] != run:
+            break
+        run *= x.shape[axis]
+    rows = math.prod(x.shape[axis] for axis in reduced)
+    return ColumnSum(rows, math.prod(x.shape) // rows, math.gcd(4, run), max(4, x.dtype.itemsize))
+
+
+def _power_of_2(number: int, limit: int) -> int:
+    return limit if number >= limit else 1 << (number.bit_length() - 1)
+
+
+def _staging(call: Call) -> int:
+    found = column_sum(call)
+    return found.staging() if found else 0
+
+
+def _softmax_backward(call: Call) -> int:
+    """The product of the gradient and the probabilities."""
+    grad, probabilities = call.args[:2]
+    return math.prod(grad.shape) * max(grad.dtype.itemsize, probabilities.dtype.itemsize)
+
+
+def _attention(call: Call) -> int:
+    """Copies with channels padded for FlashAttention, and what the output then takes more."""
+    query, key, value = call.args[:3]
+    if not _is_padded(query):
+        return 0
+    return sum(map(_padded, (query, key, value))) + _padded(query) - _bytes(query)
+
+
+def _attention_backward(call: Call) -> int:
+    grad, query, key, value = call.args[:4]
+    batch, heads, tokens, channels = query.shape
+    rows = batch * heads * tokens
+    if query.dtype is torch.float32:
+        # A sum per query, and the queries' gradient in tiles of whole channels, each after a lock of 16 bytes.
+        tiles = batch * heads * -(-tokens // EFFICIENT_TILE)
+        return 4 * rows + tiles * (16 + 4 * EFFICIENT_TILE * EFFICIENT_TILE * -(-channels // EFFICIENT_TILE))
+    if not _is_padded(query):
+        # A sum per query, and the queries' gradient in fp32.
+        return 4 * rows + 4 * rows * channels + CUDNN_BYTES
+    copies = sum(map(_padded, (query, key, value, grad)))
+    larger = sum(_padded(tensor) - _bytes(tensor) for tensor in (query, query, key, value))
+    rows = batch * heads * -(-tokens // 128) * 128
+    return copies + larger + 4 * rows + 4 * rows * -(-channels // 32) * 32
+
+
+def _is_padded(query: Spec) -> bool:
+    return query.dtype.itemsize == 2 and query.shape[-1] % FLASH_CHANNELS > 0
+
+
+def _padded(tensor: Spec) -> int:
+    *sizes, channels = tensor.shape
+    return math.prod(sizes) * -(-channels // FLASH_CHANNELS) * FLASH_CHANNELS * tensor.dtype.itemsize
+
+
+def _bytes(tensor: Spec) -> int:
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+_RULES: dict[Any, Callable[[Call], int]] = {
+    _aten.sum.dim_IntList: _staging,
+    _aten.mean.dim: _staging,
+    _aten._softmax_backward_data.default: _softmax_backward,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+}
