@@ -107,28 +107,36 @@ def _softmax_backward(call: Call) -> int:
 
 
 def _attention(call: Call) -> int:
-    """Copies with channels padded for FlashAttention, and what the output then takes more."""
+    """FlashAttention's copies with padded channels, and what its output then takes more."""
     query, key, value = call.args[:3]
-    if not _is_padded(query):
-        return 0
-    return sum(map(_padded, (query, key, value))) + _padded(query) - _bytes(query)
+    return sum(map(_padded, (query, key, value))) + _padding(query) if _is_padded(query) else 0
 
 
 def _attention_backward(call: Call) -> int:
-    grad, query, key, value = call.args[:4]
-    batch, heads, tokens, channels = query.shape
-    rows = batch * heads * tokens
+    query: Spec = call.args[1]
     if query.dtype is torch.float32:
-        # A sum per query, and the queries' gradient in tiles of whole channels, each after a lock of 16 bytes.
-        tiles = batch * heads * -(-tokens // EFFICIENT_TILE)
-        return 4 * rows + tiles * (16 + 4 * EFFICIENT_TILE * EFFICIENT_TILE * -(-channels // EFFICIENT_TILE))
-    if not _is_padded(query):
-        # A sum per query, and the queries' gradient in fp32.
-        return 4 * rows + 4 * rows * channels + CUDNN_BYTES
-    copies = sum(map(_padded, (query, key, value, grad)))
-    larger = sum(_padded(tensor) - _bytes(tensor) for tensor in (query, query, key, value))
-    rows = batch * heads * -(-tokens // 128) * 128
-    return copies + larger + 4 * rows + 4 * rows * -(-channels // 32) * 32
+        return _efficient_backward(query)
+    return _flash_backward(*call.args[:4]) if _is_padded(query) else _cudnn_backward(query)
+
+
+def _efficient_backward(query: Spec) -> int:
+    """A sum per query, and the queries' gradient in tiles of whole channels, each after a lock of 16 bytes."""
+    batch, heads, tokens, channels = query.shape
+    tiles, width = batch * heads * -(-tokens // EFFICIENT_TILE), _rounded(channels, EFFICIENT_TILE)
+    return 4 * batch * heads * tokens + tiles * (16 + 4 * EFFICIENT_TILE * width)
+
+
+def _cudnn_backward(query: Spec) -> int:
+    """A sum per query, and the queries' gradient in fp32."""
+    return 4 * math.prod(query.shape[:-1]) + 4 * math.prod(query.shape) + CUDNN_BYTES
+
+
+def _flash_backward(grad: Spec, query: Spec, key: Spec, value: Spec) -> int:
+    """Padded copies, what outputs and gradients take more, a sum per query, and the queries' gradient in fp32."""
+    batch, heads, tokens, channels = query.shape
+    sums = batch * heads * _rounded(tokens, 128)
+    copies = sum(map(_padded, (grad, query, key, value))) + sum(map(_padding, (query, query, key, value)))
+    return copies + 4 * sums + 4 * sums * _rounded(channels, 32)
 
 
 def _is_padded(query: Spec) -> bool:
@@ -136,12 +144,17 @@ def _is_padded(query: Spec) -> bool:
 
 
 def _padded(tensor: Spec) -> int:
+    """Bytes with channels rounded up as FlashAttention needs them."""
     *sizes, channels = tensor.shape
-    return math.prod(sizes) * -(-channels // FLASH_CHANNELS) * FLASH_CHANNELS * tensor.dtype.itemsize
+    return math.prod(sizes) * _rounded(channels, FLASH_CHANNELS) * tensor.dtype.itemsize
 
 
-def _bytes(tensor: Spec) -> int:
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
+def _padding(tensor: Spec) -> int:
+    return _padded(tensor) - math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _rounded(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 _RULES: dict[Any, Callable[[Call], int]] = {
