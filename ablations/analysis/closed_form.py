@@ -1,8 +1,8 @@
 """Closed forms of sizes: sums of monomials in grid, channels and heads, with grids rounded as an attention pads them.
 
-A form is a list of [factor, spatial, channel], indices into :data:`SPATIAL` and :data:`CHANNEL`. Where an operator sums
-over rows on CUDA, it is a mapping: the form ``alive`` of what is alive then, the forms ``rows`` and ``columns`` of the
-matrix, and ``vector`` and ``bytes``, of which :class:`ColumnSum` makes the scratch.
+A form is a list of [factor, spatial, channel], indices into :data:`SPATIAL` and :data:`CHANNEL`. Where an operator's
+scratch on CUDA grows in steps, it is a mapping: the form ``alive`` of what is alive then, and of one of :data:`STEPS`,
+named by ``rule``, the forms of two ``sizes`` and the ``constants`` that follow them.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from profiling.meters.cuda_scratch import ColumnSum
+from profiling.meters.cuda_scratch import ColumnSum, TiledBackward
 
 SPATIAL = (
     "1", "H", "W", "A", "B", "C", "D", "HW", "AB", "CD", "AW", "HB", "HH", "WW", "AA", "BB", "HHW", "HWW", "AAB", "ABB",
@@ -32,6 +32,10 @@ SUMS = tuple(
     for names in (("1", "H", "W", "HW"), ("1", "A", "B", "AB"), ("1", "C", "D", "CD"), ("HW", "HHW", "HWW"))
 )
 """Sums that are tried before all others: of rows and columns around a grid, and of a row and a column."""
+STEPS: dict[str, type[ColumnSum] | type[TiledBackward]] = {"sum": ColumnSum, "tiles": TiledBackward}
+"""Scratch that grows in steps."""
+SIZES = 2
+"""How many of their fields differ from shape to shape, the first ones; the others are constants."""
 Array = NDArray[np.float64]
 
 
@@ -165,7 +169,7 @@ def evaluate(forms: Sequence[Any], shape: Shape, rounding: Rounding) -> float:
     def whole(form: Any) -> float:
         if not isinstance(form, Mapping):
             return value(form)
-        rows, columns = round(value(form["rows"])), round(value(form["columns"]))
-        return value(form["alive"]) + ColumnSum(rows, columns, form["vector"], form["bytes"]).staging()
+        sizes = (round(value(size)) for size in form["sizes"])
+        return value(form["alive"]) + STEPS[form["rule"]](*sizes, *form["constants"]).scratch()
 
     return max(map(whole, forms))

@@ -17,7 +17,9 @@ from ablations.analysis.closed_form import (
     CHANNEL,
     PADDING,
     ROUNDINGS,
+    SIZES,
     SPATIAL,
+    STEPS,
     Array,
     Rounding,
     Shape,
@@ -31,16 +33,16 @@ from ablations.analysis.timeline import MODES, Timeline, counted, devices_alike,
 from ablations.sweeps import resolution
 from attention_zoo import InvalidOption, Unsupported, names, options
 from profiling.cases.case import Case, available_impls
-from profiling.meters.cuda_scratch import ColumnSum
 
 CPU = torch.backends.cpu.get_cpu_capability()
 """Vector instructions of this processor: the scratch of CPU kernels depends on them."""
 SIDES, DIMS, HEAD_DIMS = (14, 1024), (32, 64, 96, 128, 192, 256, 384, 512), (16, 32, 64)
 """The range of shapes: tokens per side, channels, and channels per head; with two heads or more."""
-SAMPLES, COUNTS, HELD_OUT = 7, 60, 4
+SAMPLES, COUNTS, HELD_OUT = 7, 60, 24
 """Shapes to read forms off, for each kind of padding; shapes whose MACs are counted; shapes to tell the error."""
 TRIED = 2000
-"""Random shapes at which the forms of all operators are compared: one that is nowhere the largest is left out."""
+"""Random shapes, and small ones, at which the forms of all operators are compared: one that is nowhere the largest is
+left out."""
 WORST = 0.005
 """Forms with a larger error at a held-out shape are left out: those that are read off storages have none."""
 PROBE = "cuda fp32 forward_backward"
@@ -145,9 +147,11 @@ def rounding_of(forms: Mapping[str, Any]) -> Rounding:
     return Rounding(up, coarse, bool(down))
 
 
-def random_shape(draw: random.Random, rounding: Rounding | None = None, padding: int = 0) -> Shape:
+def random_shape(
+    draw: random.Random, rounding: Rounding | None = None, padding: int = 0, high: int = SIDES[1]
+) -> Shape:
     """A shape within the range, uniform on a logarithmic scale; of that padding if there is a rounding."""
-    low, high = SIDES
+    low = SIDES[0]
     while True:
         height, width = (round(low * (high / low) ** draw.random()) for _ in range(2))
         if rounding:
@@ -206,25 +210,24 @@ def _alike(runs: Runs, word: str, rounding: Rounding, padding: int) -> tuple[lis
 
 
 @dataclass(frozen=True)
-class _Sum:
-    """A sum over rows: the factors of what is alive, of rows and of columns, and what is the same at all shapes."""
+class _Steps:
+    """An operator whose scratch grows in steps: factors of what is alive and of its sizes, and its constants."""
 
+    rule: str
     alive: Array
-    rows: Array
-    columns: Array
-    vector: int
-    itemsize: int
+    sizes: tuple[Array, ...]
+    constants: tuple[int, ...]
 
     def values(self, terms: Array) -> Array:
-        """Bytes alive within the sum at each shape of a table."""
-        sizes = zip(np.rint(terms @ self.rows), np.rint(terms @ self.columns), strict=True)
-        scratch = [ColumnSum(int(rows), int(columns), self.vector, self.itemsize).staging() for rows, columns in sizes]
+        """Bytes alive within the operator at each shape of a table."""
+        sizes = np.rint([terms @ factors for factors in self.sizes]).astype(int).T.tolist()
+        scratch = [STEPS[self.rule](*each, *self.constants).scratch() for each in sizes]
         return terms @ self.alive + np.array(scratch, dtype=float)
 
     def form(self) -> dict[str, Any]:
         """Its closed form."""
-        forms = {name: as_form(getattr(self, name)) for name in ("alive", "rows", "columns")}
-        return forms | {"vector": self.vector, "bytes": self.itemsize}
+        sizes = [as_form(size) for size in self.sizes]
+        return {"alive": as_form(self.alive), "rule": self.rule, "sizes": sizes, "constants": self.constants}
 
 
 def _peaks(runs: Runs, word: str, rounding: Rounding, padding: int, draw: random.Random) -> list[Any]:
@@ -249,10 +252,12 @@ def _peaks(runs: Runs, word: str, rounding: Rounding, padding: int, draw: random
     # Sums and differences of factors leave what rounding leaves.
     alive[abs(alive) < 1e-6 * abs(change).max(axis=0)] = 0
     candidates = [*alive, *(alive[moment] + factors for moment, factors in _scratch(lines, terms))]
-    sums = list(_sums(lines, terms, alive))
-    tried = table([random_shape(draw, rounding, padding) for _ in range(TRIED)], rounding)
-    values = np.column_stack([tried @ np.array(candidates).T, *(one.values(tried) for one in sums)])
-    forms = [*map(as_form, candidates), *(one.form() for one in sums)]
+    steps = list(_steps(lines, terms, alive))
+    # The smallest grids with many channels have peaks of their own.
+    limits = (SIDES[1], 2 * SIDES[0])
+    tried = table([random_shape(draw, rounding, padding, high) for high in limits for _ in range(TRIED)], rounding)
+    values = np.column_stack([tried @ np.array(candidates).T, *(one.values(tried) for one in steps)])
+    forms = [*map(as_form, candidates), *(one.form() for one in steps)]
     return [forms[place] for place in sorted(set(map(int, values.argmax(axis=1))))]
 
 
@@ -264,17 +269,19 @@ def _scratch(lines: Sequence[Timeline], terms: Array) -> Iterator[tuple[int, Arr
         yield moment, fit(values, terms) if found is None else found
 
 
-def _sums(lines: Sequence[Timeline], terms: Array, alive: Array) -> Iterator[_Sum]:
-    """The sums over rows whose rows and columns have forms."""
-    for moment, first in lines[0].sums.items():
-        every = [line.sums.get(moment) for line in lines]
-        found = [one for one in every if one is not None]
-        sizes = np.array([(one.rows, one.columns) for one in found], dtype=float).T
-        if len(found) < len(lines) or not any(one.staging() for one in found):
+def _steps(lines: Sequence[Timeline], terms: Array, alive: Array) -> Iterator[_Steps]:
+    """The operators whose scratch grows in steps, if their sizes have forms."""
+    rules = {kind: rule for rule, kind in STEPS.items()}
+    for moment, first in lines[0].steps.items():
+        found = [line.steps[moment] for line in lines if moment in line.steps]
+        if len(found) < len(lines) or not any(one.scratch() for one in found):
             continue
-        rows, columns = (identify(size, terms, thorough=False) for size in sizes)
-        if rows is not None and columns is not None:
-            yield _Sum(alive[moment], rows, columns, min(one.vector for one in found), first.itemsize)
+        sizes = [identify(size, terms, thorough=False) for size in np.array(found, dtype=float).T[:SIZES]]
+        # A thread takes as many sums at once as at every shape.
+        constants = tuple(map(min, zip(*(one[SIZES:] for one in found), strict=True)))
+        known = tuple(size for size in sizes if size is not None)
+        if len(known) == SIZES:
+            yield _Steps(rules[type(first)], alive[moment], known, constants)
 
 
 def _macs(configuration: Configuration, draw: random.Random, rounding: Rounding) -> tuple[dict[str, Any], float]:

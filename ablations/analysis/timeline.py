@@ -12,7 +12,7 @@ from torch import Tensor
 
 from profiling.cases.case import Case
 from profiling.meters import cpu_scratch, cuda_scratch, macs
-from profiling.meters.cuda_scratch import ColumnSum
+from profiling.meters.cuda_scratch import ColumnSum, TiledBackward
 from profiling.meters.operator_call import Call
 from profiling.meters.peak_memory import Allocations, predict
 
@@ -33,14 +33,14 @@ class Timeline:
         moments: their number.
         scratch: bytes that a kernel allocates and frees within the operator, by moment; on a CPU where that may be
             the peak.
-        sums: on CUDA, sums over rows, whose scratch is no sum of monomials, by moment.
+        steps: on CUDA, operators whose scratch grows in steps, by moment.
     """
 
     sizes: tuple[int, ...]
     lifetimes: tuple[tuple[int, int], ...]
     moments: int
     scratch: dict[int, int] = field(default_factory=dict)
-    sums: dict[int, ColumnSum] = field(default_factory=dict)
+    steps: dict[int, ColumnSum | TiledBackward] = field(default_factory=dict)
 
     def alive(self) -> list[int]:
         """Bytes alive at each moment."""
@@ -53,7 +53,7 @@ class Timeline:
     def peak(self) -> int:
         """The largest number of bytes alive, scratch included."""
         alive = self.alive()
-        within = self.scratch | {moment: one.staging() for moment, one in self.sums.items()}
+        within = self.scratch | {moment: one.scratch() for moment, one in self.steps.items()}
         return max(*alive, *(alive[moment] + size for moment, size in within.items()))
 
 
@@ -96,13 +96,13 @@ class Recorder(Allocations):
         return self._with_cuda_scratch(result) if device == "cuda" else self._with_cpu_scratch(result)
 
     def _with_cuda_scratch(self, line: Timeline) -> Timeline:
-        scratch, sums = {}, {}
+        scratch, steps = {}, {}
         for moment, call in self._calls:
-            if found := cuda_scratch.column_sum(call):
-                sums[moment] = found
+            if found := cuda_scratch.irregular(call):
+                steps[moment] = found
             elif cuda_scratch.is_opaque(call.func):
                 scratch[moment] = cuda_scratch.scratch(call)
-        return replace(line, scratch=scratch, sums=sums)
+        return replace(line, scratch=scratch, steps=steps)
 
     def _with_cpu_scratch(self, line: Timeline) -> Timeline:
         alive, within = line.alive(), {}
@@ -134,7 +134,7 @@ def devices_alike(lines: Mapping[str, Timeline]) -> bool:
     """Whether fp32 has the same storages on both devices."""
 
     def storages(line: Timeline) -> Timeline:
-        return replace(line, scratch={}, sums={})
+        return replace(line, scratch={}, steps={})
 
     return all(storages(lines[f"cpu fp32 {mode}"]) == storages(lines[f"cuda fp32 {mode}"]) for mode in MODES)
 

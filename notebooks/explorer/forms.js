@@ -16,8 +16,9 @@ function spatialTerms([up, coarse, down], at) {
   return DATA.predictions.spatial.map((name) => [...name].reduce((product, letter) => product * sides[letter], 1));
 }
 
-// Scratch of a sum over the rows of a matrix on CUDA: ColumnSum.staging of profiling/meters/cuda_scratch.py.
-function staging(rows, columns, vector, bytes) {
+// Scratch on CUDA that grows in steps: of a sum over the rows of a matrix, and of the memory-efficient kernel's backward
+// pass. ColumnSum and TiledBackward of profiling/meters/cuda_scratch.py.
+function ofSum(rows, columns, vector, bytes) {
   const threads = 512 / vector;
   const outputs = Math.floor(columns / vector);
   const power = (number) => (number >= threads ? threads : 2 ** Math.floor(Math.log2(number)));
@@ -32,6 +33,11 @@ function staging(rows, columns, vector, bytes) {
   return blocks === 1 ? 0 : bytes * columns * blocks * width * vector + 4 * grid;
 }
 
+const STEPS = {
+  sum: ofSum,
+  tiles: (heads, tokens, width) => 4 * heads * tokens + heads * Math.ceil(tokens / 64) * (16 + 4 * 64 * width),
+};
+
 // Bytes or MACs of a shape; null where the attention does not take it, or where no form was found for it.
 function evaluateForm([rounding, byPadding], at) {
   if (at.dim % at.heads || at.heads < 2 || (at.batch ?? 1) !== 1) return null;
@@ -41,6 +47,6 @@ function evaluateForm([rounding, byPadding], at) {
   const channel = [1, at.dim, at.heads, at.dim * at.dim, (at.dim * at.dim) / at.heads];
   const sum = (form) => form.reduce((total, [factor, s, c]) => total + factor * spatial[s] * channel[c], 0);
   const whole = (form) => (Array.isArray(form) ? sum(form)
-    : sum(form.alive) + staging(Math.round(sum(form.rows)), Math.round(sum(form.columns)), form.vector, form.bytes));
+    : sum(form.alive) + STEPS[form.rule](...form.sizes.map((size) => Math.round(sum(size))), ...form.constants));
   return forms.length ? Math.max(...forms.map(whole)) : null;
 }

@@ -17,7 +17,7 @@ def load(path: Path) -> dict[str, Any]:
     Keys: ``cpu``, the vector instructions of the CPU; ``range`` of side, dim and heads; ``error`` of memory and macs;
     the names of the ``spatial`` and ``channel`` monomials; ``candidates``, each with its attention, options, impl and
     forms: ``memory`` by device, dtype and mode, ``macs`` by mode. A form is the grid's rounding, and for each kind of
-    padding the sums whose largest is the value; on CUDA some have the scratch of a sum over rows besides.
+    padding the sums whose largest is the value; on CUDA some have scratch that grows in steps besides.
 
     Raises:
         ValueError: the file is of another form.

@@ -14,6 +14,8 @@ import torch
 from profiling.meters.operator_call import Call, Spec
 
 _aten = torch.ops.aten
+_SUMS = _aten.sum.dim_IntList, _aten.mean.dim
+_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 SMS, THREADS_PER_SM = 132, 2048
 """Multiprocessors of an H100 (SXM) and an H200, and their threads. A sum over very many rows depends on them."""
 CUDNN_BYTES = 272
@@ -52,7 +54,7 @@ class ColumnSum(NamedTuple):
     vector: int = 4
     itemsize: int = 4
 
-    def staging(self) -> int:
+    def scratch(self) -> int:
         """Bytes in which blocks of threads leave what they summed, if several share a sum; else 0.
 
         There is a place for every sum, block and column of a block's threads. So it can exceed the matrix: for the
@@ -72,10 +74,34 @@ class ColumnSum(NamedTuple):
         return 0 if blocks == 1 else self.itemsize * self.columns * blocks * width * self.vector + 4 * grid
 
 
-def column_sum(call: Call) -> ColumnSum | None:
-    """The sum over rows that the call is; None if it is none, or one along adjacent values, which takes little."""
-    if call.func not in (_aten.sum.dim_IntList, _aten.mean.dim):
-        return None
+class TiledBackward(NamedTuple):
+    """The backward pass of the memory-efficient kernel.
+
+    Attributes:
+        heads: those of all batches.
+        tokens: queries of each.
+        width: channels per head, rounded up to whole tiles.
+    """
+
+    heads: int
+    tokens: int
+    width: int
+
+    def scratch(self) -> int:
+        """Bytes of a sum per query, and of the queries' gradient in tiles, each after a lock of 16 bytes."""
+        tiles = self.heads * -(-self.tokens // EFFICIENT_TILE)
+        return 4 * self.heads * self.tokens + tiles * (16 + 4 * EFFICIENT_TILE * self.width)
+
+
+def irregular(call: Call) -> ColumnSum | TiledBackward | None:
+    """What the call's scratch is made of, if it grows in steps; None if it does not, or has none."""
+    if call.func in _SUMS:
+        return _column_sum(call)
+    return _tiled(call) if call.func is _BACKWARD else None
+
+
+def _column_sum(call: Call) -> ColumnSum | None:
+    """The sum over rows that the call is; None if it is one along adjacent values, which takes little."""
     x: Spec = call.args[0]
     over = call.args[1] if len(call.args) > 1 and call.args[1] else range(len(x.shape))
     reduced = {axis % len(x.shape) for axis in over}
@@ -95,9 +121,17 @@ def _power_of_2(number: int, limit: int) -> int:
     return limit if number >= limit else 1 << (number.bit_length() - 1)
 
 
-def _staging(call: Call) -> int:
-    found = column_sum(call)
-    return found.staging() if found else 0
+def _tiled(call: Call) -> TiledBackward | None:
+    query: Spec = call.args[1]
+    batch, heads, tokens, channels = query.shape
+    if query.dtype is not torch.float32:
+        return None
+    return TiledBackward(batch * heads, tokens, _rounded(channels, EFFICIENT_TILE))
+
+
+def _of_steps(call: Call) -> int:
+    found = irregular(call)
+    return found.scratch() if found else 0
 
 
 def _softmax_backward(call: Call) -> int:
@@ -115,15 +149,8 @@ def _attention(call: Call) -> int:
 def _attention_backward(call: Call) -> int:
     query: Spec = call.args[1]
     if query.dtype is torch.float32:
-        return _efficient_backward(query)
+        return _of_steps(call)
     return _flash_backward(*call.args[:4]) if _is_padded(query) else _cudnn_backward(query)
-
-
-def _efficient_backward(query: Spec) -> int:
-    """A sum per query, and the queries' gradient in tiles of whole channels, each after a lock of 16 bytes."""
-    batch, heads, tokens, channels = query.shape
-    tiles, width = batch * heads * -(-tokens // EFFICIENT_TILE), _rounded(channels, EFFICIENT_TILE)
-    return 4 * batch * heads * tokens + tiles * (16 + 4 * EFFICIENT_TILE * width)
 
 
 def _cudnn_backward(query: Spec) -> int:
@@ -158,9 +185,8 @@ def _rounded(number: int, step: int) -> int:
 
 
 _RULES: dict[Any, Callable[[Call], int]] = {
-    _aten.sum.dim_IntList: _staging,
-    _aten.mean.dim: _staging,
+    **dict.fromkeys(_SUMS, _of_steps),
     _aten._softmax_backward_data.default: _softmax_backward,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _attention_backward,
+    _BACKWARD: _attention_backward,
 }

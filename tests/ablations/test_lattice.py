@@ -75,7 +75,7 @@ def test_a_timeline_has_the_predicted_peak(name: str, impl: str, mode: Any) -> N
     }
 
 
-def test_a_form_of_a_sum_over_rows_is_exact_where_it_is_the_peak() -> None:
+def test_forms_that_grow_in_steps_are_exact_where_they_are_the_peak() -> None:
     configuration = next(c for c in lattice.configurations() if (c.name, c.impl) == ("window", "sdpa"))
     entry, word = lattice.entry(configuration), "cuda bf16 forward_backward"
     by_padding = entry["memory"][word]

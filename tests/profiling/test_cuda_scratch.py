@@ -7,7 +7,7 @@ import torch
 
 from profiling.cases.case import Case
 from profiling.meters import peak_memory
-from profiling.meters.cuda_scratch import ColumnSum, column_sum, is_opaque, scratch
+from profiling.meters.cuda_scratch import ColumnSum, TiledBackward, irregular, is_opaque, scratch
 from profiling.meters.operator_call import Call
 
 WINDOW, BRA = {"window_size": 7}, {"n_win": 7, "topk": 4, "side_dwconv": 5}
@@ -63,23 +63,23 @@ def test_predictions_are_what_was_measured_on_an_h100(
         (1000, 192, 4, 4, 0), (1 << 16, 1 << 21, 4, 4, 0), (512, 1, 1, 4, 0),
     ],
 )  # fmt: skip
-def test_staging_of_a_sum(rows: int, columns: int, vector: int, itemsize: int, expected: int) -> None:
-    assert ColumnSum(rows, columns, vector, itemsize).staging() == expected
+def test_scratch_of_a_sum(rows: int, columns: int, vector: int, itemsize: int, expected: int) -> None:
+    assert ColumnSum(rows, columns, vector, itemsize).scratch() == expected
 
 
 def test_rows_and_columns_of_a_sum_are_those_of_its_layout() -> None:
     x = torch.empty(8, 100, 6, device="meta")
-    assert column_sum(call(SUM, x, [0, 1])) == ColumnSum(800, 6, 2)
-    assert column_sum(call(SUM, x, [0], True)) == ColumnSum(8, 600, 4)
-    assert column_sum(call(MEAN, x, [-2])) == ColumnSum(100, 48, 2)
-    assert column_sum(call(SUM, x.double(), [0])) == ColumnSum(8, 600, 4, 8)
+    assert irregular(call(SUM, x, [0, 1])) == ColumnSum(800, 6, 2)
+    assert irregular(call(SUM, x, [0], True)) == ColumnSum(8, 600, 4)
+    assert irregular(call(MEAN, x, [-2])) == ColumnSum(100, 48, 2)
+    assert irregular(call(SUM, x.double(), [0])) == ColumnSum(8, 600, 4, 8)
     # Transposed, other values are adjacent.
-    assert column_sum(call(SUM, x.transpose(1, 2), [0, 2])) == ColumnSum(800, 6, 2)
+    assert irregular(call(SUM, x.transpose(1, 2), [0, 2])) == ColumnSum(800, 6, 2)
     for over in ([2], [1, 2], [0, 1, 2], None, []):
-        assert column_sum(call(SUM, x, over)) is None
-    assert column_sum(call(SUM, torch.empty((), device="meta"), [])) is None
-    assert column_sum(call(SUM, torch.empty(0, 3, device="meta"), [0])) is None
-    assert column_sum(call(torch.ops.aten.add.Tensor, x, x)) is None
+        assert irregular(call(SUM, x, over)) is None
+    assert irregular(call(SUM, torch.empty((), device="meta"), [])) is None
+    assert irregular(call(SUM, torch.empty(0, 3, device="meta"), [0])) is None
+    assert irregular(call(torch.ops.aten.add.Tensor, x, x)) is None
 
 
 def test_the_backward_pass_of_a_softmax_multiplies_first() -> None:
@@ -88,3 +88,14 @@ def test_the_backward_pass_of_a_softmax_multiplies_first() -> None:
     assert is_opaque(backward) and not is_opaque(torch.ops.aten._softmax.default)
     assert scratch(Call.of(backward, (grad, grad, -1, torch.float32), {})) == 4 * 8 * 4
     assert scratch(Call.of(backward, (probabilities, probabilities, -1, torch.bfloat16), {})) == 4 * 8 * 2
+
+
+def test_the_memory_efficient_kernel_works_in_tiles() -> None:
+    q, sums = torch.empty(3, 2, 65, 24, device="meta"), torch.empty(3, 2, 65, device="meta")
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    made = Call.of(backward, (q, q, q, q, q, sums, 0.0, False), {})
+    assert irregular(made) == TiledBackward(6, 65, 64)
+    # Two tiles of 64 queries for each head.
+    assert scratch(made) == 4 * 6 * 65 + 12 * (16 + 4 * 64 * 64)
+    half = [tensor.bfloat16() for tensor in (q, q, q, q, q)]
+    assert irregular(Call.of(backward, (*half, sums, 0.0, False), {})) is None
