@@ -33,7 +33,7 @@ function ofSum(rows, columns, vector, bytes) {
   return blocks === 1 ? 0 : bytes * columns * blocks * width * vector + 4 * grid;
 }
 
-const STEPS = {
+const SCRATCH = {
   sum: ofSum,
   tiles: (heads, tokens, width) => 4 * heads * tokens + heads * Math.ceil(tokens / 64) * (16 + 4 * 64 * width),
 };
@@ -47,6 +47,6 @@ function evaluateForm([rounding, byPadding], at) {
   const channel = [1, at.dim, at.heads, at.dim * at.dim, (at.dim * at.dim) / at.heads];
   const sum = (form) => form.reduce((total, [factor, s, c]) => total + factor * spatial[s] * channel[c], 0);
   const whole = (form) => (Array.isArray(form) ? sum(form)
-    : sum(form.alive) + STEPS[form.rule](...form.sizes.map((size) => Math.round(sum(size))), ...form.constants));
+    : sum(form.alive) + SCRATCH[form.rule](...form.sizes.map((size) => Math.round(sum(size))), ...form.constants));
   return forms.length ? Math.max(...forms.map(whole)) : null;
 }
