@@ -38,8 +38,11 @@ CPU = torch.backends.cpu.get_cpu_capability()
 """Vector instructions of this processor: the scratch of CPU kernels depends on them."""
 SIDES, DIMS, HEAD_DIMS = (14, 1024), (32, 64, 96, 128, 192, 256, 384, 512), (16, 32, 64)
 """The range of shapes: tokens per side, channels, and channels per head; with two heads or more."""
-SAMPLES, COUNTS, HELD_OUT = 7, 60, 24
-"""Shapes to read forms off, for each kind of padding; shapes whose MACs are counted; shapes to tell the error."""
+SAMPLES, COUNTS, HELD_OUT = 7, 60, 6
+"""Shapes to read forms off, for each kind of padding; shapes whose MACs are counted; shapes to tell the error, for each
+kind of padding, of small grids, and of any."""
+SMALL = 2 * SIDES[0]
+"""Sides of a small grid, at most: there, with many channels, other operators are the peak."""
 TRIED = 2000
 """Random shapes, and small ones, at which the forms of all operators are compared: one that is nowhere the largest is
 left out."""
@@ -116,7 +119,7 @@ def analyze(configuration: Configuration) -> dict[str, Any]:
         for padding in range(len(PADDING)):
             have = sum(rounding.padding(shape.height, shape.width) == padding for shape in runs)
             runs |= dict(_ran(configuration, draw, max(0, SAMPLES - have), rounding, padding))
-    held_out = dict(_ran(configuration, draw, HELD_OUT))
+    held_out = dict(_held_out(configuration, draw, rounding))
     macs, macs_error = _macs(configuration, draw, rounding)
     memory, errors = {}, {}
     for word in next(iter(runs.values())):
@@ -165,13 +168,29 @@ def random_shape(
     return Shape(height, width, dim, dim // draw.choice([size for size in HEAD_DIMS if dim % size == 0 and size < dim]))
 
 
+def _held_out(
+    configuration: Configuration, draw: random.Random, rounding: Rounding
+) -> Iterator[tuple[Shape, dict[str, Timeline]]]:
+    """Timelines of shapes that tell the error."""
+    yield from _ran(configuration, draw, HELD_OUT)
+    yield from _ran(configuration, draw, HELD_OUT, high=SMALL)
+    # Without padding is one shape of many at random, and most shapes that are asked for.
+    for padding in range(len(PADDING)) if rounding.up > 1 else ():
+        yield from _ran(configuration, draw, HELD_OUT, rounding, padding)
+
+
 def _ran(
-    configuration: Configuration, draw: random.Random, count: int, rounding: Rounding | None = None, padding: int = 0
+    configuration: Configuration,
+    draw: random.Random,
+    count: int,
+    rounding: Rounding | None = None,
+    padding: int = 0,
+    high: int = SIDES[1],
 ) -> Iterator[tuple[Shape, dict[str, Timeline]]]:
     """Timelines of so many random shapes that the attention takes."""
     refused, alike = 0, False
     while count:
-        shape = random_shape(draw, rounding, padding)
+        shape = random_shape(draw, rounding, padding, high)
         try:
             yield shape, (lines := dict(timelines(configuration.case(shape), alike)))
             count -= 1
@@ -253,8 +272,7 @@ def _peaks(runs: Runs, word: str, rounding: Rounding, padding: int, draw: random
     alive[abs(alive) < 1e-6 * abs(change).max(axis=0)] = 0
     candidates = [*alive, *(alive[moment] + factors for moment, factors in _scratch(lines, terms))]
     steps = list(_steps(lines, terms, alive))
-    # The smallest grids with many channels have peaks of their own.
-    limits = (SIDES[1], 2 * SIDES[0])
+    limits = (SIDES[1], SMALL)
     tried = table([random_shape(draw, rounding, padding, high) for high in limits for _ in range(TRIED)], rounding)
     values = np.column_stack([tried @ np.array(candidates).T, *(one.values(tried) for one in steps)])
     forms = [*map(as_form, candidates), *(one.form() for one in steps)]
