@@ -76,6 +76,11 @@ class Recorder(Allocations):
             self._places[storage._cdata] = len(self._storages)
             self._storages.append([storage.nbytes(), self.moment, NEVER])
 
+    def register_call(self, call: Call) -> None:
+        """As of Allocations, and remembers when."""
+        super().register_call(call)
+        self._calls.append((self.moment, call))
+
     def _free(self, key: int, size: int) -> None:
         self._storages[self._places.pop(key)][2] = self.moment
         super()._free(key, size)
@@ -84,8 +89,6 @@ class Recorder(Allocations):
         # Moment 0 is over.
         self.moment = max(self.moment, 1)
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        if cpu_scratch.is_opaque(func) or cuda_scratch.is_opaque(func):
-            self._calls.append((self.moment, Call.of(func, args, kwargs or {})))
         self.moment += 1
         return out
 

@@ -55,6 +55,10 @@ class Allocations(TorchDispatchMode):
         self.live += size
         self._known[key] = weakref.finalize(storage, self._free, key, size)
 
+    def register_call(self, call: Call) -> None:
+        """Remember a call whose kernel has scratch on some device, at the most bytes that were alive after it."""
+        self._opaque[call] = max(self._opaque.get(call, 0), self.live)
+
     def _free(self, key: int, size: int) -> None:
         self.live -= size
         del self._known[key]
@@ -67,9 +71,8 @@ class Allocations(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.register_storage(leaf)
         self.peak = max(self.peak, self.live)
-        if cpu_scratch.is_opaque(func) or cuda_scratch.is_opaque(func):
-            call = Call.of(func, args, kwargs or {})
-            self._opaque[call] = max(self._opaque.get(call, 0), self.live)
+        if any(kernels.is_opaque(func) for kernels in SCRATCH.values()):
+            self.register_call(Call.of(func, args, kwargs or {}))
         return out
 
     def peak_with_scratch(self, device: str) -> int:
