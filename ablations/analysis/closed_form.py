@@ -137,7 +137,7 @@ def _sum(values: Array, terms: Array, thorough: bool) -> Array | None:
         solved = np.linalg.lstsq(part / scale, np.ones(len(values)), rcond=None)[0]
         if abs(part / scale @ solved - 1).max() < EXACT:
             result = np.zeros(terms.shape[1])
-            result[list(places)] = solved / scale
+            result[list(places)] = _significant(solved) / scale
             return result
     return None
 
@@ -149,8 +149,13 @@ def fit(values: Array, terms: Array) -> Array:
     if len(used):
         part = terms[used] / values[used, None]
         scale = part.max(axis=0)
-        factors = nnls(part / scale, np.ones(len(used)), maxiter=50 * part.shape[1])[0] / scale
+        factors = _significant(nnls(part / scale, np.ones(len(used)), maxiter=50 * part.shape[1])[0]) / scale
     return factors
+
+
+def _significant(shares: Array) -> Array:
+    """The largest share of each term in a value; 0 where it is what rounding leaves."""
+    return np.where(abs(shares) < EXACT, 0, shares)
 
 
 def as_form(factors: Array) -> list[list[float]]:

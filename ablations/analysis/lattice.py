@@ -46,6 +46,8 @@ SMALL = 2 * SIDES[0]
 TRIED = 2000
 """Random shapes, and small ones, at which the forms of all operators are compared: one that is nowhere the largest is
 left out."""
+REFUSED = 20
+"""Refused shapes for each that is taken, at most: regions of a small grid may be too small to pool."""
 WORST = 0.005
 """Forms with a larger error at a held-out shape are left out: those that are read off storages have none."""
 PROBE = "cuda fp32 forward_backward"
@@ -188,7 +190,7 @@ def _ran(
     high: int = SIDES[1],
 ) -> Iterator[tuple[Shape, dict[str, Timeline]]]:
     """Timelines of so many random shapes that the attention takes."""
-    refused, alike = 0, False
+    refused, alike, most = 0, False, REFUSED * count
     while count:
         shape = random_shape(draw, rounding, padding, high)
         try:
@@ -197,7 +199,7 @@ def _ran(
             alike = devices_alike(lines)
         except InvalidOption:
             refused += 1
-            if refused > 20:
+            if refused > most:
                 raise
 
 

@@ -18,12 +18,12 @@ from profiling.cli.arguments import Parser
 EXAMPLES = """examples:
   python -m ablations lattice                       what is not in the file yet
   python -m ablations lattice --only quadtree,deformable     these anew
-  python -m ablations lattice --fresh               all anew: 20 minutes on 2 cores
+  python -m ablations lattice --fresh               all anew: 10 to 20 minutes on 2 cores
 """
 DESCRIPTION = """\
 Write the predictions that the explorer shows: memory and MACs of every
 attention, as closed forms in grid, channels and heads, fitted to exact
-predictions of some 40 shapes each. Each form comes with its largest error on
+predictions of 12 to 40 shapes each. Each form comes with its largest error on
 shapes that were held out. Configurations are written as they are done, and the
 same command goes on from there. The memory of CPUs is that of this processor's
 vector instructions, whose kernels have scratch of their own.

@@ -5,7 +5,7 @@ All are MACs of the forward pass of the whole batch: what papers and fvcore call
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ def counted(work: Workload) -> tuple[int, int]:
 
     On meta, fused attention decomposes into its matrix products, so all are counted.
     """
-    with with_fake_tensors(work, _meta) as imitation, imitation.settings(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+    with with_fake_tensors(work, _meta) as imitation, imitation.settings(), counter:
         if work.mode == "forward":
             imitation.step()
             return counter.get_total_flops() // 2, 0
@@ -41,6 +42,18 @@ def counted(work: Workload) -> tuple[int, int]:
         forward = counter.get_total_flops()
         out.backward(imitation.grad)
         return forward // 2, (counter.get_total_flops() - forward) // 2
+
+
+def _convolution_backward(
+    grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *options: Any, **shapes: Any
+) -> int:
+    """FLOPs: as many for the input's gradient, and for the weight's, as of the forward pass.
+
+    PyTorch 2.13 and earlier do not divide the weight's by the groups (pytorch/pytorch#183405).
+    """
+    *_, transposed, _output_padding, _groups, wanted = options
+    positions = x if transposed else grad
+    return 2 * sum(wanted[:2]) * math.prod(positions[2:]) * grad[0] * math.prod(weight)
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:

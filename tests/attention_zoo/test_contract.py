@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attention_zoo import InvalidOption, Unsupported, build, get, names, options
 from profiling.cases.case import Case
-from profiling.meters import correctness, peak_memory
+from profiling.meters import correctness, macs, peak_memory
 
 DIM, HEADS = 8, 2
 SHAPES = [(8, 8), (4, 12), (7, 9), (5, 3)]
@@ -151,6 +151,14 @@ def test_gradients_reach_every_parameter(name: str, chosen: dict[str, Any]) -> N
     for tensor, gradient in gradients(made(name, **chosen), image(8, 8)).items():
         assert gradient.isfinite().all(), tensor
         assert gradient.abs().max() > 1e-6, tensor
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_backward_pass_has_twice_the_macs_at_most(name: str) -> None:
+    chosen = tuple(sorted(minimal_options(name).items()))
+    case = Case(name, 7, 9, DIM, HEADS, chosen, impl="reference", mode="forward_backward")
+    forward, backward = macs.counted(case.workload("meta"))
+    assert 0 < backward <= 2 * forward
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -41,11 +41,30 @@ def test_macs_by_hand_counted_and_by_fvcore(name: str, expected: int) -> None:
     assert macs.by_fvcore(workload(name)) == expected
 
 
-def test_macs_of_the_backward_pass() -> None:
-    forward = 2 * 50 * 64 * 32
-    assert macs.counted(workload("linear", "forward_backward")) == (forward, 2 * forward)
-    no_input = Workload(nn.Linear(64, 32), torch.randn(2, 50, 64), "forward_backward", input_gradient=False)
-    assert macs.counted(no_input) == (forward, forward)
+@pytest.mark.parametrize(
+    ("module", "shape", "forward"),
+    [
+        (nn.Linear(64, 32), (2, 50, 64), 2 * 50 * 64 * 32),
+        (nn.Conv2d(8, 16, 2, stride=2), (1, 8, 30, 26), 15 * 13 * 16 * 8 * 4),
+        (nn.Conv2d(32, 32, 5, padding=2, groups=32), (2, 32, 24, 24), 2 * 24 * 24 * 32 * 25),
+        (nn.Conv2d(8, 12, 3, stride=2, groups=4), (2, 8, 9, 7), 2 * 4 * 3 * 12 * 2 * 9),
+        (nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4), (2, 8, 9, 7), 2 * 9 * 7 * 8 * 3 * 4),
+        (nn.Conv1d(8, 8, 3, groups=8), (2, 8, 11), 2 * 9 * 8 * 3),
+    ],
+    ids=repr,
+)
+def test_macs_of_the_backward_pass(module: nn.Module, shape: tuple[int, ...], forward: int) -> None:
+    x = torch.randn(shape)
+    assert macs.counted(Workload(module, x, "forward_backward")) == (forward, 2 * forward)
+    assert macs.counted(Workload(module, x, "forward_backward", input_gradient=False)) == (forward, forward)
+
+
+def test_macs_of_routing_without_a_gradient_have_no_backward_pass() -> None:
+    case = Case("bra", 28, 28, 64, 2, (("side_dwconv", 5),), impl="reference", mode="forward_backward")
+    forward, backward = macs.counted(case.workload("meta"))
+    formula = macs.analytic(case.module(), 28, 28)
+    assert formula is not None and formula.routing > 0
+    assert backward == 2 * (forward - formula.routing)
 
 
 def test_fvcore_counts_normalisations_and_leaves_the_module_as_it_was() -> None:
