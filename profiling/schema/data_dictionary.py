@@ -43,6 +43,10 @@ kernels work on copies that no rule covers.
 
 ## State of these results
 
+- `macs_backward_counted` and what follows from it (`achieved_tflops`, `arithmetic_intensity`, `roofline_fraction`) were
+  computed again on 2026-11-29. PyTorch's counter had overstated depthwise convolutions: a training step of BRA up to
+  3.1 times, of BiFormer 1.6 to 2 times, of `relu_linear` up to 9 times. For that reason 31 training rows of CPUs, near
+  a sweep's limit of MACs, are predicted only.
 - `quadtree` and `deformable` have had other defaults: `quadtree` 3 levels, averaged values, neither LePE nor a bias of
   qkv; `deformable` a stride of 2 (in `stl` 8, 4, 2, 1), other points and offsets, one group, no position bias. All
   their rows are of these, except in `amd-epyc-2-threads`.
