@@ -33,7 +33,8 @@ def counted(work: Workload) -> tuple[int, int]:
 
     On meta, fused attention decomposes into its matrix products, so all are counted.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+    rules = {torch.ops.aten.convolution_backward: _convolution_backward}
+    counter = FlopCounterMode(display=False, custom_mapping=rules)
     with with_fake_tensors(work, _meta) as imitation, imitation.settings(), counter:
         if work.mode == "forward":
             imitation.step()
@@ -47,9 +48,9 @@ def counted(work: Workload) -> tuple[int, int]:
 def _convolution_backward(
     grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *options: Any, **shapes: Any
 ) -> int:
-    """FLOPs: as many for the input's gradient, and for the weight's, as of the forward pass.
+    """FLOPs: the gradient of the input needs as many as the forward pass, and so does the gradient of the weight.
 
-    PyTorch 2.13 and earlier do not divide the weight's by the groups (pytorch/pytorch#183405).
+    PyTorch 2.13 and earlier do not divide those of the weight by the groups (pytorch/pytorch#183405).
     """
     *_, transposed, _output_padding, _groups, wanted = options
     positions = x if transposed else grad
