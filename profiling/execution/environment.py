@@ -127,12 +127,13 @@ def _given_commit(variables: Mapping[str, str]) -> tuple[str | None, bool | None
     return commit, None if dirty is None else dirty != "0"
 
 
-def _cpu_model() -> str:
-    if _linux():
-        result = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if result:
-            return " ".join(result.group(1).split())
-    return platform.processor() or platform.machine()
+def _cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    facts = dict(re.findall(r"(\w[\w ]*?)\s*: *(.+)", cpuinfo.read_text())) if cpuinfo.exists() else {}
+    name = " ".join(facts.get("model name", "").split())
+    if name and not re.search(r"\d", name) and "cpu family" in facts:
+        # Virtual machines hide the number of the model, and CPUs of different speed would share a name.
+        name += f" family {facts['cpu family']} model {facts['model']}"
+    return name or platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

@@ -1,5 +1,6 @@
 """How the machine and the code are named in rows."""
 
+import platform
 import sys
 from pathlib import Path
 
@@ -22,6 +23,24 @@ from profiling.schema.row import COLUMNS
 def test_device_name_becomes_a_folder_name(name: str, folder: str) -> None:
     assert environment.slug(name).startswith(folder)
     assert "/" not in environment.slug(name)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("model\t\t: 106\nmodel name\t: Intel(R) Xeon(R) Gold 6330  CPU", "Intel(R) Xeon(R) Gold 6330 CPU"),
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC", "AMD EPYC family 26 model 2"),
+        ("processor\t: 0\nCPU architecture: 8", platform.processor() or platform.machine()),
+        (None, platform.processor() or platform.machine()),
+    ],
+)
+def test_a_cpu_whose_number_is_hidden_is_named_by_family_and_model(
+    cpuinfo: str | None, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(f"processor\t: 0\n{cpuinfo}\nflags\t\t: fpu vme\n")
+    assert environment._cpu_model(path) == expected
 
 
 @pytest.mark.parametrize(
