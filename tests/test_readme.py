@@ -81,7 +81,7 @@ def test_table_lists_every_attention() -> None:
 
 
 def test_the_numbers_of_the_table_are_in_the_results() -> None:
-    rows = load(ROOT / "results/amd-epyc-2-threads/complexity.csv")
+    rows = load(ROOT / "results/amd-epyc-family-26-model-2-2-threads/complexity.csv")
     full = rows[
         (rows["name"] == "full") & (rows["mode"] == "forward_backward") & (rows["height"] == readme_table.GRID)
     ].iloc[0]
@@ -107,7 +107,7 @@ def test_the_table_is_put_between_its_comments_and_nowhere_else(tmp_path: Path) 
 
 
 def test_the_finding_is_in_the_results() -> None:
-    rows = aggregate_replicates(load(ROOT / "results/amd-epyc-2-threads/resolution.csv"))
+    rows = aggregate_replicates(load(ROOT / "results/amd-epyc-family-26-model-2-2-threads/resolution.csv"))
     steps = rows[rows["mode"] == "forward_backward"].set_index("height").sort_index()
     message = " ".join(README.split())
     for name, words in (("full", "with full attention"), ("bra", "with BRA as published")):
@@ -127,7 +127,7 @@ def test_the_speed_of_bra_on_a_cpu_is_in_the_results() -> None:
     means = re.search(r"EPYC in fp32, `sdpa` is (\S+)x as fast as the published method forward and (\S+)x", message)
     memory = re.search(r"with 1/(\S+) and 1/(\S+) of its memory", message)
     assert means and memory
-    rows = aggregate_replicates(load(ROOT / "results/amd-epyc-2-threads/bra_speed.csv"))
+    rows = aggregate_replicates(load(ROOT / "results/amd-epyc-family-26-model-2-2-threads/bra_speed.csv"))
     for column, stated in ((speed.TIME, means), (speed.MEMORY, memory)):
         for mode, words in zip(("forward", "forward_backward"), stated.groups(), strict=True):
             eight = speed.of_the_eight(speed.ratios(speed.wide(rows[rows["mode"] == mode], column)))["sdpa"]

@@ -43,27 +43,28 @@ kernels work on copies that no rule covers.
 
 ## State of these results
 
-- `macs_backward_counted` and what follows from it (`achieved_tflops`, `arithmetic_intensity`, `roofline_fraction`) were
-  computed again on 2026-11-29. PyTorch's counter had overstated depthwise convolutions: a training step of BRA up to
-  3.1 times, of BiFormer 1.6 to 2 times, of `relu_linear` up to 9 times. For that reason 31 training rows of CPUs, near
-  a sweep's limit of MACs, are predicted only.
-- `quadtree` and `deformable` have had other defaults: `quadtree` 3 levels, averaged values, neither LePE nor a bias of
-  qkv; `deformable` a stride of 2 (in `stl` 8, 4, 2, 1), other points and offsets, one group, no position bias. All
-  their rows are of these, except in `amd-epyc-2-threads`.
+- `amd-epyc-family-26-model-2-2-threads` (with AVX-512): every sweep, of 25 attentions. All but `capability*` were
+  measured on 2026-11-29 within 75 minutes on a quiet machine, three processes a case, one in `stl`. `capability` is of
+  25 attentions, 6 tasks and 3 seeds, from before CPUs were named by family: its times per step are of CPUs of either
+  kind. The steps of `recall` (500, 800, then 1200), `count` (600, then 900), `offset` (700, then 1000) and
+  `match_digits` (1200, then 2000) were raised until full attention learned them with every seed; `capability_pilot` is
+  of the first steps. `connect` is not learned by full attention, and better by a convolution (90 %): it does not
+  measure what it is for. Some trainings, such as those of `linear` and `dilated` at `recall`, leave the plateau late or
+  not at all: see the range over seeds.
+- `amd-epyc-2-threads`, a CPU without AVX-512 whose hypervisor hides the rest: `resolution` of 15 attentions,
+  `kv_downsample`, `models` and `bra_speed`. Other programs used the machine: ratios within a sweep are usable, single
+  latencies are not. Rows of other attentions and sweeps were here that are of another kind of AMD EPYC; they are
+  removed, and measured again in the folder above.
 - `intel-xeon-2-threads`: every sweep but `capability*`, of 17 attentions; three processes or more for each timed cell,
   but one in `stl` and `complexity` and two in 13 cells of `precision`. `bra_speed` is of an earlier version of
-  `impl="sdpa"`. In `stl`, `dilated` was measured with an interval of 2 in every stage, which is
-  now 8, 4, 2, 1; `cross_shaped` had the halves of its heads in the other order, which matters on oblong grids.
-- `amd-epyc-2-threads`: every sweep, `complexity`, `resolution`, `precision` and `stl` of 25 attentions. `topk`, three
-  processes a case, and `precision` and `stl`, one process, were measured while the machine was quiet; while the
-  others ran, other programs used it. The 95 % interval of the median became narrower than 2 % (`latency_stop` is
-  `converged`) in two thirds of the rows of `precision` and in few of the others, where the time limit ended sampling.
-  Ratios within a sweep are usable, single latencies of the sweeps that were disturbed are not. Of `stl` the forward
-  pass is timed, and training predicted. `capability` is of 25 attentions, 6 tasks and 3 seeds. The steps of `recall`
-  (500, 800, then 1200), `count` (600, then 900), `offset` (700, then 1000) and `match_digits` (1200, then 2000) were
-  raised until full attention learned them with every seed; `capability_pilot` is of the first steps. `connect` is not
-  learned by full attention, and better by a convolution (90 %): it does not measure what it is for. Some trainings,
-  such as those of `linear` and `dilated` at `recall`, leave the plateau late or not at all: see the range over seeds.
+  `impl="sdpa"`. In `stl`, `dilated` was measured with an interval of 2 in every stage, which is now 8, 4, 2, 1;
+  `cross_shaped` had the halves of its heads in the other order, which matters on oblong grids. `quadtree` and
+  `deformable` had other defaults: `quadtree` 3 levels, averaged values, neither LePE nor a bias of qkv; `deformable` a
+  stride of 2 (in `stl` 8, 4, 2, 1), other points and offsets, one group, no position bias.
+- In the other folders, `macs_backward_counted` and what follows from it (`achieved_tflops`, `arithmetic_intensity`,
+  `roofline_fraction`) were computed again on 2026-11-29. PyTorch's counter had overstated depthwise convolutions: a
+  training step of BRA up to 3.1 times, of BiFormer 1.6 to 2 times. For that reason some training rows near a sweep's
+  limit of MACs are predicted only.
 - `nvidia-h100-80gb-hbm3`: `bra_speed` and `topk` are whole. Parts of `models` and `kv_downsample` are there;
   `resolution`, `precision` and `stl` are not measured yet. One process a cell. The kernels of `impl="triton"` have
   changed since. Predictions were computed again on 2026-11-29 by mended rules, except for training by

@@ -147,7 +147,9 @@ class Row(pa.DataFrameModel):
     sdpa_backend: Series[pd.StringDtype] = _text("Which fused kernel scaled_dot_product_attention ran; empty if none.")
     achieved_tflops: Series[float] = _number("2 x MACs of the step over its time (device time on CUDA).")
     arithmetic_intensity: Series[float] = _number("FLOPs per byte if parameters, input and output crossed memory once.")
-    roofline_fraction: Series[float] = _number("The least time the device's measured peaks allow, over the time taken.")
+    roofline_fraction: Series[float] = _number(
+        "The least time that the measured peaks allow, over the time taken; above 1 where caches hold the data."
+    )
     # correctness and provenance
     correctness_error: Series[float] = _number(
         "Largest relative error of output and gradients against the fp64 reference."

@@ -125,7 +125,7 @@ def test_two_runs_of_one_device_have_two_names(results: Path) -> None:
 def test_accuracy_is_taken_where_it_was_measured(tmp_path: Path) -> None:
     at = folder(tmp_path / "device", list(resolution()))
     assert explorer.data([tmp_path])["capability"] == []
-    with (ROOT / "results/amd-epyc-2-threads/capability.csv").open() as file:
+    with (ROOT / "results/amd-epyc-family-26-model-2-2-threads/capability.csv").open() as file:
         header, first = next(file), next(row for row in file if ",full,,,,offset,medium," in row)
     accuracy = next(csv.DictReader([header, first]))["accuracy"]
     other = first.replace(",cpu,0,", ",cpu,1,").replace(f",{accuracy},", ",0.5,")
