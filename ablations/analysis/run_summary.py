@@ -82,8 +82,16 @@ def _write(label: str, module: str, folder: Path, name: str, extra: str) -> None
 
 
 def findings(rows: pd.DataFrame) -> list[str]:
-    """Return up to three sentences, each computed from the rows; fewer if the rows do not suffice."""
-    return [sentence for find in (_memory_limit, _topk, _models) if (sentence := find(rows))]
+    """Return up to four sentences, each computed from the rows; fewer if the rows do not suffice."""
+    return [sentence for find in (_disagreement, _memory_limit, _topk, _models) if (sentence := find(rows))]
+
+
+def _disagreement(rows: pd.DataFrame) -> str | None:
+    wrong = rows[rows["macs_agree"].eq(False).fillna(False)]
+    if wrong.empty:
+        return None
+    names = ", ".join(wrong["name"].unique())
+    return f"The counts of MACs disagree in {len(wrong)} cells (macs_agree is false): {names}."
 
 
 def _memory_limit(rows: pd.DataFrame) -> str | None:

@@ -272,7 +272,8 @@ def _displacements(length: int, pooled: int, device: torch.device) -> Int[Tensor
 def _half_steps(length: int, pooled: int) -> tuple[int, int, int]:
     """The least of :func:`_displacements`, the step between them, and how many steps cover them."""
     middles = [key * length // pooled + -(-(key + 1) * length // pooled) - 1 for key in range(pooled)]
-    step = 2 if len({middle % 2 for middle in middles}) == 1 else 1
+    # By ==, not by a set: while torch.jit traces, as for fvcore, these are tensors, which a set never finds equal.
+    step = 2 if all(middle % 2 == middles[0] % 2 for middle in middles) else 1
     return -middles[-1], step, (2 * (length - 1) - middles[0] + middles[-1]) // step + 1
 
 

@@ -127,7 +127,8 @@ class QuadtreeAttention(Attention):
 
     def depth(self, height: int, width: int) -> int:
         """How many times a grid of this size is halved."""
-        return min(self.levels, min(height, width).bit_length()) - 1
+        # While torch.jit traces, as for fvcore, sides are tensors.
+        return min(self.levels, int(min(height, width)).bit_length()) - 1
 
     def _values(self, finest: Float[Tensor, "b c h w"], depth: int) -> list[Float[Tensor, "b c _ _"]]:
         """The values of every level, finest first."""

@@ -104,8 +104,10 @@ def limits(results: Results) -> pd.DataFrame:
 
 
 def failures(results: Results) -> None:
-    """Table: every cell that failed, in any sweep, and why; without columns that are empty for all."""
-    failed = results.rows[~results.rows["status"].isin(("ok", "predicted"))]
+    """Table: every cell that failed or whose MACs are in doubt, and why; without columns that are empty for all."""
+    doubted = results.rows["macs_agree"].eq(False).fillna(False)
+    reasons = results.rows["reason"].mask(doubted, "the counts of MACs disagree: see macs_agree")
+    failed = results.rows.assign(reason=reasons)[doubted | ~results.rows["status"].isin(("ok", "predicted"))]
     columns = ["sweep", "name", "attention", "impl_requested", "mode", "batch", "height", "width", "n_win", "topk",
                "status", "reason"]  # fmt: skip
     if len(failed):

@@ -47,12 +47,13 @@ kernels work on copies that no rule covers.
   measured on 2026-11-29, three processes a case, one in `stl`. Nothing else ran there, but the host is shared, and
   had two speeds for minutes at a time: of three processes of `resolution` the slowest took 1.18 times as long as the
   fastest in the median case, and 1.36 times in the upper quartile. Differences below a third between single cells
-  need `compare --interleave`. `capability` is of 25 attentions, 6 tasks and 3 seeds, from before CPUs were named by
-  family: its times per step are of CPUs of either kind. The steps of `recall` (500, 800, then 1200), `count` (600,
-  then 900), `offset` (700, then 1000) and `match_digits` (1200, then 2000) were raised until full attention learned
-  them with every seed; `capability_pilot` is of the first steps. `connect` is not learned by full attention, and
-  better by a convolution (90 %): it does not measure what it is for. Some trainings, such as those of `linear` and
-  `dilated` at `recall`, leave the plateau late or not at all: see the range over seeds.
+  need `compare --interleave`. `macs_fvcore` of `aggregated` and `quadtree` was counted again afterwards, since the
+  trace had been of another computation, or failed. `capability` is of 25 attentions, 6 tasks and 3 seeds, from before
+  CPUs were named by family: its times per step are of CPUs of either kind. The steps of `recall` (500, 800, then
+  1200), `count` (600, then 900), `offset` (700, then 1000) and `match_digits` (1200, then 2000) were raised until
+  full attention learned them with every seed; `capability_pilot` is of the first steps. `connect` is not learned by
+  full attention, and better by a convolution (90 %): it does not measure what it is for. Some trainings, such as
+  those of `linear` and `dilated` at `recall`, leave the plateau late or not at all: see the range over seeds.
 - `amd-epyc-2-threads`, a CPU without AVX-512 whose hypervisor hides the rest: `resolution` of 15 attentions,
   `kv_downsample`, `models` and `bra_speed`. Other programs used the machine: ratios within a sweep are usable, single
   latencies are not. Rows of other attentions and sweeps were here that are of another kind of AMD EPYC; they are

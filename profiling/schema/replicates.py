@@ -28,6 +28,7 @@ def aggregate_replicates(rows: pd.DataFrame) -> pd.DataFrame:
     """One row per case: the median of the processes' medians in ``latency_p50_ms``, and its interval.
 
     The other columns come from the process nearest to that median; values it lacks come from the next nearest.
+    ``macs_agree`` is false where it is in any process, since only one of them counts by fvcore.
     """
     case = [column for column in KEY if column != "replicate"]
     if not rows.duplicated(case).any():
@@ -37,6 +38,7 @@ def aggregate_replicates(rows: pd.DataFrame) -> pd.DataFrame:
     distance = (rows["latency_p50_ms"] - times.transform("median")).abs()
     ranked = rows.assign(number=number, distance=distance).sort_values("distance", kind="stable")
     result = ranked.groupby("number").first()
+    result["macs_agree"] = rows["macs_agree"].groupby(number).min()
     several = times.agg(lambda medians: list(medians.dropna()))
     several = several[several.map(len) > 1]
     result.loc[several.index, "latency_p50_ms"] = several.map(np.median).astype(float)

@@ -304,6 +304,13 @@ def test_a_smoke_run_measures_everything(smoke: tuple[Path, subprocess.Completed
     assert (result["resolution"]["status"] == "ok").any() and "plain" in set(result["resolution"]["name"])
 
 
+def test_a_summary_begins_with_counts_that_disagree(smoke: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    rows = load(*smoke[0].glob("*/[!p]*.csv"))
+    whole = findings(rows)
+    rows.loc[rows["name"] == "plain", "macs_agree"] = False
+    assert findings(rows)[1:] == whole and re.search(r"disagree in \d+ cells .*: plain\.", findings(rows)[0])
+
+
 def test_a_smoke_run_ends_with_a_summary(smoke: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     results, run = smoke
     lines = run.stdout.splitlines()

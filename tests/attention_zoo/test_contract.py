@@ -146,6 +146,19 @@ def test_macs_equal_the_count(name: str, chosen: dict[str, Any]) -> None:
         assert module.macs(height, width).total == counter.get_total_flops() // 2 > 0, (impl, height, width)
 
 
+@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl in IMPLS if impl not in ("flex", "triton")])
+@pytest.mark.parametrize("shape", META_SHAPES)
+def test_a_trace_has_the_same_macs(name: str, impl: str, shape: tuple[int, int], unchecked: None) -> None:
+    """fvcore counts a trace, where sizes are tensors: never equal in a set, and without the methods of an int."""
+    module, x = made(name, impl, **minimal_options(name)), image(*shape)
+    counts = []
+    for run in (module, partial(torch.jit.trace, module, check_trace=False)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(x)
+        counts.append(int(counter.get_total_flops()))
+    assert counts[0] == counts[1] > 0
+
+
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
 def test_gradients_reach_every_parameter(name: str, chosen: dict[str, Any]) -> None:
     for tensor, gradient in gradients(made(name, **chosen), image(8, 8)).items():

@@ -43,6 +43,15 @@ def test_failed_models_are_told_apart_by_their_attention_and_batch() -> None:
     assert len({*lines}) == 3 and "attention" in head and "topk" not in head
 
 
+def test_a_cell_whose_macs_disagree_is_listed_with_the_failed_ones() -> None:
+    whole = cell("resolution", "full", "forward", 8, 100, 1.0, macs_fvcore=64_000)
+    doubted = cell("resolution", "bra", "forward", 8, 100, 1.0, macs_fvcore=90_000)
+    with plots.kept() as shown:
+        limits.failures(plots.Results(validate([whole, doubted])))
+    _, _, line = str(shown[0]).splitlines()
+    assert "bra" in line and "| ok " in line and "macs_agree" in line
+
+
 def test_replicates_become_a_median_and_the_widest_interval() -> None:
     times = enumerate((1.0, 4.0, 2.0))
     rows = [cell("resolution", "bra", "forward", 8, 100, ms, replicate=replicate) for replicate, ms in times]

@@ -52,6 +52,14 @@ def test_processes_become_their_median_with_an_interval() -> None:
     assert middle["memory_peak_bytes"] == 7 and middle["status"] == "ok"
 
 
+def test_counts_that_disagree_in_one_process_disagree() -> None:
+    counts = {"macs_analytic": 100, "macs_counted": 100, "macs_agree": True}
+    traced = row(0, 12.0, **counts | {"macs_fvcore": 150, "macs_agree": False})
+    rows = validate([traced, row(1, 10.0, **counts), row(2, 10.5, **counts), row(0, 3.0, seed=1)])
+    result = aggregate_replicates(rows).sort_values("seed")
+    assert [bool(value) if value is not pd.NA else None for value in result["macs_agree"]] == [False, None]
+
+
 def test_an_even_number_of_processes_has_its_median_between_two() -> None:
     rows = validate([row(n, ms) for n, ms in enumerate((10.0, 13.0, 11.0, 12.0))] + [row(0, 3.0, seed=1)])
     result = aggregate_replicates(rows).sort_values("seed")
