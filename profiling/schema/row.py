@@ -99,7 +99,7 @@ class Row(pa.DataFrameModel):
         "The same by fvcore, which counts normalisations too; empty where it cannot trace, and on CUDA."
     )
     macs_agree: Series[pd.BooleanDtype] = _text(
-        "Analytic and counted are equal, fvcore within 3 %; empty with fewer than two counts."
+        "Analytic and counted are equal, fvcore at most 4 % more; empty with fewer than two counts."
     )
     macs_backward_counted: Series[pd.Int64Dtype] = _number("MACs of the backward pass, counted.")
     macs_projection: Series[pd.Int64Dtype] = _number(
@@ -224,15 +224,15 @@ MEASURED: tuple[str, ...] = tuple(column for column in COLUMNS if column.startsw
 
 
 def agree(analytic: Any, counted: Any, fvcore: Any) -> bool | None:
-    """Whether the available MAC counts agree, fvcore's within 3 %; None with fewer than two counts.
+    """Whether the available MAC counts agree; None with fewer than two counts.
 
-    fvcore counts normalisations too: 2.0 % of ``quadtree`` with 64 channels, the most in the zoo.
+    fvcore's may be up to 4 % more, since it counts normalisations too: 2 % of a block with 64 channels, 3.4 % with 32.
     """
     exact = [int(n) for n in (analytic, counted) if not missing(n)]
     loose = [] if missing(fvcore) else [int(fvcore)]
     if len(exact) + len(loose) < 2:
         return None
-    return len(set(exact)) <= 1 and all(abs(n - exact[0]) <= 0.03 * exact[0] for n in loose if exact)
+    return len(set(exact)) <= 1 and all(exact[0] <= n <= 1.04 * exact[0] for n in loose if exact)
 
 
 def holds_costs(path: Path) -> bool:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attention_zoo import InvalidOption, Unsupported, build, get, names, options
 from profiling.cases.case import Case
 from profiling.meters import correctness, macs, peak_memory
+from profiling.schema.row import agree
 
 DIM, HEADS = 8, 2
 SHAPES = [(8, 8), (4, 12), (7, 9), (5, 3)]
@@ -157,6 +158,14 @@ def test_a_trace_has_the_same_macs(name: str, impl: str, shape: tuple[int, int],
             run(x)
         counts.append(int(counter.get_total_flops()))
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("kind", ["attention", "block"])
+@pytest.mark.parametrize("name", NAMES)
+def test_three_counts_agree(name: str, kind: str, unchecked: None) -> None:
+    work = Case(name, 28, 28, kind=kind, impl="reference").workload("cpu")
+    formula = macs.analytic(work.module, 28, 28)
+    assert formula is not None and agree(formula.total, macs.counted(work)[0], macs.by_fvcore(work))
 
 
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
