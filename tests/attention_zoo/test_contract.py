@@ -69,6 +69,8 @@ def label(chosen: dict[str, Any]) -> str:
 
 
 NAMES = names()
+OWN = [name for name in NAMES if get(name).__module__.startswith("attention_zoo.")]
+"""Without plugins, which torch.jit may be unable to trace."""
 IMPLS = [(name, impl) for name in NAMES for impl in impls(name)]
 FAST = [(name, impl) for name, impl in IMPLS if impl != impls(name)[0]]
 VARIANTS = [pytest.param(name, chosen, id=f"{name} {label(chosen)}") for name in NAMES for chosen in variants(name)]
@@ -105,7 +107,7 @@ def assert_same(result: dict[str, Tensor], exact: dict[str, Tensor], tolerance: 
 def test_class_declares_citation_docstring_and_options(name: str) -> None:
     cls = get(name)
     assert cls.citation.strip() and cls.__doc__.strip().splitlines()[0].endswith((".", ";", ","))
-    if cls.__module__.startswith("attention_zoo."):
+    if name in OWN:
         assert cls.equation and cls.left_open and cls.departs
     assert cls.impls[0] == "reference"
     assert cls.minimal_options.keys() <= options(name).keys()
@@ -147,8 +149,9 @@ def test_macs_equal_the_count(name: str, chosen: dict[str, Any]) -> None:
         assert module.macs(height, width).total == counter.get_total_flops() // 2 > 0, (impl, height, width)
 
 
-@pytest.mark.parametrize(("name", "impl"), [(name, impl) for name, impl in IMPLS if impl not in ("flex", "triton")])
+@pytest.mark.parametrize(("name", "impl"), [(n, i) for n, i in IMPLS if n in OWN and i not in ("flex", "triton")])
 @pytest.mark.parametrize("shape", META_SHAPES)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_has_the_same_macs(name: str, impl: str, shape: tuple[int, int], unchecked: None) -> None:
     """fvcore counts a trace, where sizes are tensors: never equal in a set, and without the methods of an int."""
     module, x = made(name, impl, **minimal_options(name)), image(*shape)
@@ -161,11 +164,10 @@ def test_a_trace_has_the_same_macs(name: str, impl: str, shape: tuple[int, int],
 
 
 @pytest.mark.parametrize("kind", ["attention", "block"])
-@pytest.mark.parametrize("name", NAMES)
-def test_three_counts_agree(name: str, kind: str, unchecked: None) -> None:
+@pytest.mark.parametrize("name", OWN)
+def test_fvcore_agrees_with_the_count(name: str, kind: str, unchecked: None) -> None:
     work = Case(name, 28, 28, kind=kind, impl="reference").workload("cpu")
-    formula = macs.analytic(work.module, 28, 28)
-    assert formula is not None and agree(formula.total, macs.counted(work)[0], macs.by_fvcore(work))
+    assert agree(None, macs.counted(work)[0], macs.by_fvcore(work))
 
 
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
