@@ -1,7 +1,8 @@
 """Convert result files of an older schema, in place: ``python -m ablations convert DIR``.
 
 Columns are renamed and dropped according to ``RENAMED`` and ``DROPPED`` of :mod:`profiling.schema.row`. A missing
-column is added empty. Cells are copied as text, so that no number changes.
+column is added empty. Cells are copied as text, so that no number changes; only ``macs_agree``, which
+follows from other columns, is stated anew by the present rule.
 """
 
 import csv
@@ -9,7 +10,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from profiling.schema.row import COLUMNS, DROPPED, KEY, RENAMED, SchemaError, load
+from profiling.schema.row import COLUMNS, DROPPED, KEY, RENAMED, SchemaError, agree, load
+from profiling.schema.table import as_text
 
 
 def convert(path: Path) -> bool:
@@ -22,19 +24,21 @@ def convert(path: Path) -> bool:
     """
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
-    if tuple(header) == COLUMNS:
-        return False
     names = [RENAMED.get(name, name) for name in header]
     if unknown := sorted(set(names) - {*COLUMNS, *DROPPED}):
         raise SchemaError(f"{path} holds columns that no schema of this suite had: {', '.join(unknown)}")
+    try:
+        converted = [_converted(dict(zip(names, row, strict=True))) for row in rows]
+    except ValueError as problem:
+        raise SchemaError(f"{path}: {problem}") from problem
+    if tuple(header) == COLUMNS and converted == rows:
+        return False
     concurrent = path.with_suffix(".tmp")
     try:
         with concurrent.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
-            for row in rows:
-                cells = dict(zip(names, row, strict=True))
-                writer.writerow([cells.get(name, "") for name in COLUMNS])
+            writer.writerows(converted)
             file.flush()
             os.fsync(file.fileno())
         load(concurrent)
@@ -42,6 +46,12 @@ def convert(path: Path) -> bool:
     finally:
         concurrent.unlink(missing_ok=True)
     return True
+
+
+def _converted(cells: dict[str, str]) -> list[str]:
+    counts = (cells.get(name) or None for name in ("macs_analytic", "macs_counted", "macs_fvcore"))
+    cells |= {"macs_agree": as_text(agree(*counts))}
+    return [cells.get(name, "") for name in COLUMNS]
 
 
 def result_files(path: Path) -> Iterator[Path]:

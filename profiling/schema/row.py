@@ -196,7 +196,9 @@ class Row(pa.DataFrameModel):
         """Every cell has an outcome."""
         return df["latency_p50_ms"].where(df["status"] == "ok", df["reason"]).notna()
 
-    @pa.dataframe_check(error="macs_agree contradicts the counts")
+    @pa.dataframe_check(
+        error="macs_agree contradicts the counts; if by an older rule, state it anew: python -m ablations convert DIR"
+    )
     def agreement_consistent(cls, df: pd.DataFrame) -> pd.Series:
         """macs_agree is consistent with the counts."""
         counts = zip(df["macs_analytic"], df["macs_counted"], df["macs_fvcore"], strict=True)

@@ -43,7 +43,17 @@ def test_converted_cells_are_the_same_text_under_new_names(tmp_path: Path) -> No
     assert len(load(path)) == 1 and [p.name for p in tmp_path.iterdir()] == ["s.csv"]
 
 
-@pytest.mark.parametrize("changed", [{"mine": "1"}, {"status": "odd"}])
+def test_a_flag_by_an_older_rule_is_stated_anew(tmp_path: Path) -> None:
+    values = VALUES | {"macs_analytic": "100", "macs_counted": "100", "macs_fvcore": "103", "macs_agree": "False"}
+    path = tmp_path / "s.csv"
+    path.write_text(f"{','.join(COLUMNS)}\n{','.join(values.get(name, '') for name in COLUMNS)}\n")
+    with pytest.raises(SchemaError, match=r"macs_agree .* python -m ablations convert"):
+        load(path)
+    assert convert(path) and not convert(path)
+    assert load(path)["macs_agree"].tolist() == [True]
+
+
+@pytest.mark.parametrize("changed", [{"mine": "1"}, {"status": "odd"}, {"macs_counted": "many"}])
 def test_file_that_cannot_be_converted_is_unchanged(tmp_path: Path, changed: dict[str, str]) -> None:
     path = older(tmp_path / "s.csv", **changed)
     before = path.read_bytes()
