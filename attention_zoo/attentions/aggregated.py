@@ -214,7 +214,7 @@ class AggregatedAttention(Attention):
         cost = Macs(
             projection=4 * n * self.dim**2,
             attention=2 * n * pooled * self.dim,
-            other=self.position_network.macs(positions),
+            shared=self.position_network.macs(positions),
         )
         if self.window is None:
             return cost

@@ -112,7 +112,7 @@ class CosineWindowAttention(WindowAttention):
 
     def macs(self, height: int, width: int) -> Macs:
         positions = (2 * self.window_size - 1) ** 2
-        return super().macs(height, width) + Macs(other=self.position_bias.macs(positions))
+        return super().macs(height, width) + Macs(shared=self.position_bias.macs(positions))
 
 
 class PositionNetwork(nn.Module):

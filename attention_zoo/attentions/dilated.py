@@ -79,7 +79,7 @@ class DilatedWindowAttention(WindowAttention):
 
     def macs(self, height: int, width: int) -> Macs:
         cost = super().macs(height, width)
-        return cost if self.pos is None else cost + Macs(other=self.pos.macs())
+        return cost if self.pos is None else cost + Macs(shared=self.pos.macs())
 
 
 class DynamicPositionBias(nn.Module):

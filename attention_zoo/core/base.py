@@ -25,13 +25,17 @@ class Unsupported(RuntimeError):
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates of one forward pass of one image, split by purpose."""
+    """Multiply-accumulates of one forward pass of one image, split by purpose.
+
+    ``shared`` is what all images of a batch have in common, such as a network of relative positions.
+    """
 
     projection: int = 0
     routing: int = 0
     attention: int = 0
     local_conv: int = 0
     other: int = 0
+    shared: int = 0
 
     @property
     def total(self) -> int:
@@ -39,6 +43,10 @@ class Macs:
 
     def __add__(self, more: "Macs") -> "Macs":
         return Macs(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(self)))
+
+    def of_batch(self, images: int) -> "Macs":
+        """Those of one forward pass of several images."""
+        return Macs(*((1 if f.name == "shared" else images) * getattr(self, f.name) for f in fields(self)))
 
 
 class Attention(nn.Module):

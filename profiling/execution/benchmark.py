@@ -79,9 +79,10 @@ def static_analysis_of(case: Case) -> dict[str, Any]:
         "memory_predicted_bytes": _predicted(work, case.device),
     }
     if formula is not None:
-        columns["macs_analytic"] = formula.total * case.batch
+        formula = formula.of_batch(case.batch)
+        columns["macs_analytic"] = formula.total
         for part in ("projection", "routing", "attention", "local_conv"):
-            columns[f"macs_{part}"] = getattr(formula, part) * case.batch
+            columns[f"macs_{part}"] = getattr(formula, part)
     columns["macs_agree"] = agree(columns.get("macs_analytic"), forward, None)
     return columns
 

@@ -134,9 +134,9 @@ def test_images_of_a_batch_are_independent(name: str, impl: str) -> None:
 @pytest.mark.parametrize(("name", "chosen"), VARIANTS)
 def test_macs_equal_the_count(name: str, chosen: dict[str, Any]) -> None:
     """On meta tensors, where fused attention is split into the matrix products that can be counted."""
-    for impl, (height, width) in product(impls(name), META_SHAPES):
+    for impl, (height, width), images in product(impls(name), META_SHAPES, (1, 3)):
         module = build(name, dim=DIM, num_heads=HEADS, impl=impl, **chosen).to("meta")
-        x = torch.empty(1, height, width, DIM, device="meta")
+        x = torch.empty(images, height, width, DIM, device="meta")
         try:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 module(x)
@@ -146,7 +146,8 @@ def test_macs_equal_the_count(name: str, chosen: dict[str, Any]) -> None:
             with pytest.raises(InvalidOption):
                 module.macs(height, width)
             continue
-        assert module.macs(height, width).total == counter.get_total_flops() // 2 > 0, (impl, height, width)
+        expected = module.macs(height, width).of_batch(images).total
+        assert expected == counter.get_total_flops() // 2 > 0, (impl, height, width, images)
 
 
 @pytest.mark.parametrize(("name", "impl"), [(n, i) for n, i in IMPLS if n in OWN and i not in ("flex", "triton")])
