@@ -213,17 +213,20 @@ def _results(work: Workload, cuda_graph: bool = False) -> dict[str, Tensor]:
 
 
 def _distances(exact: dict[str, Tensor], *others: dict[str, Tensor]) -> Iterator[list[float]]:
-    """Per exact tensor, the relative Euclidean distances of the others; absolute distances if it is zero.
+    """Per exact tensor, the Euclidean distances of the others relative to its norm.
 
-    A missing gradient counts as zero; a non-finite distance counts as infinite.
+    If it is zero, as queries' gradients are where there is one key, they are relative to the largest norm of all. A
+    missing gradient counts as zero; a non-finite distance counts as infinite.
     """
     norms = []
     for name, tensor in exact.items():
         differences = (other[name] - tensor if name in other else tensor for other in others)
         norms += [tensor.norm(), *(difference.norm() for difference in differences)]
     # A single device synchronisation.
-    flat = iter(torch.stack(norms).tolist())
-    for _ in exact:
-        scale = next(flat)
-        distances = (next(flat) / (scale if scale > 1e-9 else 1.0) for _ in others)
+    values, each = torch.stack(norms).tolist(), 1 + len(others)
+    largest = max(values[::each])
+    for at in range(0, len(values), each):
+        scale, *differences = values[at : at + each]
+        unit = scale if scale > 1e-9 else largest or 1.0
+        distances = [difference / unit for difference in differences]
         yield [distance if math.isfinite(distance) else math.inf for distance in distances]

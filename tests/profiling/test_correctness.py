@@ -98,6 +98,24 @@ def test_wrong_routes_are_found_where_all_else_is_right(monkeypatch: pytest.Monk
     )
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_that_are_zero_may_be_rounded(dtype: Dtype) -> None:
+    """With one key, the softmax is constant, so the queries' gradients are zero but for rounding."""
+    for seed in range(3):
+        case = Case("pooled", 8, 8, 64, 2, (("sr_ratio", 14),), impl="sdpa", mode="forward_backward", dtype=dtype,
+                    batch=2, seed=seed)  # fmt: skip
+        result = correctness.check(case)
+        assert result is not None and result.ok, result
+
+
+def test_gradients_that_should_be_zero_are_compared_with_the_largest() -> None:
+    exact = {"gradient of v": torch.full((4,), 50.0), "gradient of q": torch.zeros(4)}
+    for error, ok in ((1e-7, True), (1e-3, False)):
+        result = correctness._worst(exact | {"gradient of q": torch.full((4,), 50 * error)}, exact, exact)
+        assert result.ok == ok and result.where == "gradient of q"
+        assert result.error == pytest.approx(error)
+
+
 def test_the_share_of_flipped_routes_by_hand() -> None:
     exact = torch.tensor([[[0, 1], [2, 3]]]), torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
     taken = torch.tensor([[[1, 4], [2, 5]]])
