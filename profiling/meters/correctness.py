@@ -226,7 +226,7 @@ def _distances(exact: dict[str, Tensor], *others: dict[str, Tensor]) -> Iterator
     values, each = torch.stack(norms).tolist(), 1 + len(others)
     largest = max(values[::each])
     for at in range(0, len(values), each):
-        scale, *differences = values[at : at + each]
+        scale, *absolute = values[at : at + each]
         unit = scale if scale > 1e-9 else largest or 1.0
-        distances = [difference / unit for difference in differences]
+        distances = [distance / unit for distance in absolute]
         yield [distance if math.isfinite(distance) else math.inf for distance in distances]

@@ -2,8 +2,9 @@
 
 The scratch of oneDNN's convolutions and PyTorch's fused attention depends on the processor, the thread count and
 internal thresholds. So it is measured: the same operator runs on shrunken inputs. Their scratch equals that of the
-full input (attention), or grows linearly with pixels (large convolution) or rows (softmax of unfused attention). A
-small convolution runs as it is, since oneDNN may choose another algorithm for another size.
+full input (attention), or grows linearly with pixels (large convolution), rows (softmax of unfused attention) or
+channels (large pooling or interpolation). A small convolution runs as it is, since oneDNN may choose another algorithm
+for another size. Of operators that only copy what is not contiguous, no measurement is needed.
 """
 
 import math
@@ -24,6 +25,8 @@ SIDE = 56
 """A large convolution of more pixels per side is probed at this size and half of it."""
 WHOLE_MACS, WHOLE_VALUES = 4 << 30, 16 << 20
 """The most MACs and input values of a convolution that is probed as it is, in a fraction of a second."""
+CHANNELS = 16
+"""A large pooling or interpolation is probed with this many channels and half of them."""
 ROWS = 32
 """A softmax is probed at this many rows and half of them."""
 LENGTH = 1024
@@ -32,23 +35,29 @@ LENGTH = 1024
 
 def is_opaque(func: Any) -> bool:
     """Whether the operator's kernel has scratch that dispatch modes cannot observe."""
-    return func in _SHRINK
+    return func in _SHRINK or func in _FORMULAS
 
 
 def bound(call: Call) -> int:
     """Upper bound of the call's scratch in bytes; cheap, so that most calls need no probe."""
     if call.func in (_aten.convolution.default, _aten.convolution_backward.default):
-        sizes = [torch.Size(a.shape).numel() * a.dtype.itemsize for a in call.args if isinstance(a, Spec)]
+        sizes = [a.nbytes for a in call.args if isinstance(a, Spec)]
         weight = sizes[-1] if call.func is _aten.convolution_backward.default else sizes[1]
         return 4 * sum(sizes) + 300 * weight
     if call.func is _aten._safe_softmax.default:
-        return 2 * torch.Size(call.args[0].shape).numel() * call.args[0].dtype.itemsize
+        return 2 * call.args[0].nbytes
+    if call.func in _FORMULAS:
+        return _FORMULAS[call.func](call)
+    if call.func in _PER_CHANNEL:
+        return 4 * _values_per_channel(call) * _size(call) * call.args[0].dtype.itemsize
     return torch.get_num_threads() * (16 << 20) + _copied(call)
 
 
 @cache
 def scratch(call: Call) -> int:
     """Peak bytes of the call's kernel beyond what remains allocated after it."""
+    if call.func in _FORMULAS:
+        return _FORMULAS[call.func](call)
     points = [(size, _probe(call.func, args, kwargs)) for size, args, kwargs in _SHRINK[call.func](call)]
     if len(points) == 1:
         return points[0][1] + _copied(call)
@@ -57,18 +66,25 @@ def scratch(call: Call) -> int:
 
 
 def _copied(call: Call) -> int:
-    """Bytes of the output gradient if fused attention copies it: unless its layout is (batch, tokens, heads, channels).
+    """Bytes of what fused attention copies: a mask whose rows are not adjacent, and an output gradient.
 
-    It is the only part of that kernel's scratch that grows with the batch, so probes do not measure it.
+    The gradient is copied unless its layout is (batch, tokens, heads, channels). These are the only parts of that
+    kernel's scratch that grow with the batch, so probes do not measure them.
     """
-    if call.func is not _aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+    if call.func not in _ATTENTION:
         return 0
+    mask = dict(call.kwargs).get("attn_mask")
+    copied = 0
+    if mask is not None and mask.shape[-1] > 1 and mask.stride[-1] not in (0, 1):
+        copied = mask.nbytes
+    if call.func is not _aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return copied
     grad, dense = call.args[0], 1
     for axis in (3, 1, 2, 0):
         if grad.shape[axis] > 1 and grad.stride[axis] != dense:
-            return torch.Size(grad.shape).numel() * grad.dtype.itemsize
+            return copied + grad.nbytes
         dense *= grad.shape[axis]
-    return 0
+    return copied
 
 
 def memory_events(call: Callable[[], object]) -> list[int]:
@@ -98,10 +114,12 @@ def _probe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def _size(call: Call) -> int:
-    """Pixels of a convolution, rows of a softmax."""
+    """Pixels of a convolution, rows of a softmax, channels of a pooling or interpolation."""
     x = _input(call)
+    if call.func in _PER_CHANNEL:
+        return x.shape[1]
     if call.func is _aten._safe_softmax.default:
-        return torch.Size(x.shape[:-1]).numel()
+        return math.prod(x.shape[:-1])
     return x.shape[0] * x.shape[2] * x.shape[3]
 
 
@@ -110,7 +128,7 @@ def _input(call: Call) -> Spec:
 
 
 def _small_convolutions(call: Call) -> list[Shrunk]:
-    side, values = max(_input(call).shape[2:]), torch.Size(_input(call).shape).numel()
+    side, values = max(_input(call).shape[2:]), math.prod(_input(call).shape)
     small = side <= SIDE or (_macs(call) <= WHOLE_MACS and values <= WHOLE_VALUES)
     return [_convolution(call, size) for size in ((side,) if small else (SIDE // 2, SIDE))]
 
@@ -119,7 +137,7 @@ def _macs(call: Call) -> int:
     """MACs of the forward pass of a convolution."""
     backward = call.func is _aten.convolution_backward.default
     weight, stride = (call.args[2], call.args[4]) if backward else (call.args[1], call.args[3])
-    return torch.Size(weight.shape).numel() * _size(call) // math.prod(stride)
+    return math.prod(weight.shape) * _size(call) // math.prod(stride)
 
 
 def _convolution(call: Call, side: int) -> Shrunk:
@@ -144,15 +162,58 @@ def _few_rows(call: Call) -> list[Shrunk]:
     return [(rows, (x.make((*ones, rows, x.shape[-1])), *rest), dict(call.kwargs)) for rows in (ROWS // 2, ROWS)]
 
 
+def _values_per_channel(call: Call) -> int:
+    """Values per channel of all arguments and the output; a little more, since a kernel's sides count as a grid."""
+    batch = _input(call).shape[0]
+    grids = [value.shape[2:] for value in call.args if isinstance(value, Spec) and len(value.shape) == 4]
+    grids += [value[-2:] for value in call.args if isinstance(value, tuple) and len(value) in (2, 4)]
+    return batch * sum(map(math.prod, grids))
+
+
+def _few_channels(call: Call) -> list[Shrunk]:
+    channels = _input(call).shape[1]
+    small = channels <= CHANNELS or channels * _values_per_channel(call) <= WHOLE_VALUES
+
+    def shrink(value: Any, count: int) -> Any:
+        if isinstance(value, Spec):
+            return value.make((value.shape[0], count, *value.shape[2:]) if len(value.shape) == 4 else (count,))
+        return [value[0], count, *value[2:]] if isinstance(value, tuple) and len(value) == 4 else _thaw(value)
+
+    counts = (channels,) if small else (CHANNELS // 2, CHANNELS)
+    return [(count, tuple(shrink(value, count) for value in call.args), {}) for count in counts]
+
+
 def _small_attention(call: Call) -> list[Shrunk]:
     def shrink(value: Any) -> Any:
         if not isinstance(value, Spec):
             return _thaw(value)
-        if len(value.shape) == 4:
-            return value.make((1, 1, min(value.shape[2], LENGTH), min(value.shape[3], LENGTH)))
-        return value.make((1, 1, min(value.shape[2], LENGTH)))
+        # A mask may lack batch and heads, and the sums of the softmax lack channels.
+        outer = 0 if len(value.shape) == 2 else 2
+        return value.make((*[1] * outer, *(min(size, LENGTH) for size in value.shape[outer:])))
 
-    return [(0, tuple(map(shrink, call.args)), {name: shrink(value) for name, value in call.kwargs})]
+    args, arguments = [*map(shrink, call.args)], {name: shrink(value) for name, value in call.kwargs}
+    # Their copies are counted at full size.
+    if call.func is _aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        args[0] = args[0].contiguous()
+    if (mask := arguments.get("attn_mask")) is not None:
+        arguments["attn_mask"] = mask.contiguous()
+    return [(0, tuple(args), arguments)]
+
+
+def _copies(call: Call) -> int:
+    """Contiguous copies of the arguments that are not contiguous."""
+    return sum(value.copied_nbytes for value in call.args if isinstance(value, Spec))
+
+
+def _layer_norm_backward(call: Call) -> int:
+    """Copies, and in each thread a sum for the gradient of the weight and of the bias."""
+    _, x, shape, *_, wanted = call.args
+    sums = 2 * torch.get_num_threads() * math.prod(shape) * x.dtype.itemsize if wanted[1] or wanted[2] else 0
+    return _copies(call) + sums
+
+
+def _unfold(call: Call) -> int:
+    return _copies(call) + call.args[0].nbytes
 
 
 def _dense(spec: Spec | None) -> Tensor | None:
@@ -163,10 +224,29 @@ def _thaw(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+_ATTENTION = (
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
+_PER_CHANNEL = (
+    _aten.upsample_bilinear2d.default,
+    _aten.upsample_bilinear2d_backward.default,
+    _aten._adaptive_avg_pool2d.default,
+    _aten._adaptive_avg_pool2d_backward.default,
+    _aten.avg_pool2d_backward.default,
+    _aten.native_batch_norm_backward.default,
+)
+_FORMULAS: dict[Any, Callable[[Call], int]] = {
+    _aten._softmax.default: _copies,
+    _aten._softmax_backward_data.default: _copies,
+    _aten.im2col.default: _unfold,
+    _aten.native_layer_norm.default: _copies,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
+}
 _SHRINK: dict[Any, Callable[[Call], list[Shrunk]]] = {
     _aten.convolution.default: _small_convolutions,
     _aten.convolution_backward.default: _small_convolutions,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default: _small_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _small_attention,
+    **dict.fromkeys(_ATTENTION, _small_attention),
+    **dict.fromkeys(_PER_CHANNEL, _few_channels),
     _aten._safe_softmax.default: _few_rows,
 }

@@ -140,6 +140,15 @@ def _softmax_backward(call: Call) -> int:
     return math.prod(grad.shape) * max(grad.dtype.itemsize, probabilities.dtype.itemsize)
 
 
+def _layer_norm(call: Call) -> int:
+    """A contiguous copy of the input."""
+    return call.args[0].copied_nbytes
+
+
+def _layer_norm_backward(call: Call) -> int:
+    return call.args[1].copied_nbytes
+
+
 def _attention(call: Call) -> int:
     """FlashAttention's copies with padded channels, and what its output then takes more."""
     query, key, value = call.args[:3]
@@ -177,7 +186,7 @@ def _padded(tensor: Spec) -> int:
 
 
 def _padding(tensor: Spec) -> int:
-    return _padded(tensor) - math.prod(tensor.shape) * tensor.dtype.itemsize
+    return _padded(tensor) - tensor.nbytes
 
 
 def _rounded(number: int, step: int) -> int:
@@ -187,6 +196,8 @@ def _rounded(number: int, step: int) -> int:
 _RULES: dict[Any, Callable[[Call], int]] = {
     **dict.fromkeys(_SUMS, _of_steps),
     _aten._softmax_backward_data.default: _softmax_backward,
+    _aten.native_layer_norm.default: _layer_norm,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
     _aten._scaled_dot_product_flash_attention_for_cpu.default: _attention,
     _BACKWARD: _attention_backward,
 }

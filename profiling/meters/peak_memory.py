@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attention_zoo.core.memory_simulation import simulated_device
@@ -42,6 +42,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.linear = RunningLinear()
         self._known: dict[int, weakref.finalize] = {}
         self._opaque: dict[Call, int] = {}
 
@@ -66,7 +67,12 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in IN_PLACE_IN_BACKWARD and torch._C._current_graph_task_id() >= 0:
             func = IN_PLACE_IN_BACKWARD[func]
-        out = func(*args, **(kwargs or {}))
+        if func is _aten.add.Tensor and self.linear.running:
+            out = _aten.alias.default(_aten.add_.Tensor(*args))
+        else:
+            out = func(*args, **(kwargs or {}))
+        if func is _aten.view.default:
+            out = _as_viewed_natively(args[0], out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.register_storage(leaf)
@@ -82,6 +88,31 @@ class Allocations(TorchDispatchMode):
             if kernels.is_opaque(call.func) and live + kernels.bound(call) > peak:
                 peak = max(peak, live + kernels.scratch(call))
         return peak
+
+
+class RunningLinear(TorchFunctionMode):
+    """Whether a linear layer is running. It adds its bias in place, but into a copy under a dispatch mode."""
+
+    running = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.running = func is torch.nn.functional.linear
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.running = False
+
+
+def _as_viewed_natively(x: Tensor, view: Tensor) -> Tensor:
+    """A view of ``x`` with the strides of a real tensor's: those of an axis of size 1 differ on fake tensors.
+
+    They matter where a convolution asks whether its channels are last.
+    """
+    if not isinstance(view, FakeTensor) or 1 not in (*x.shape, *view.shape):
+        return view
+    with _disable_current_modes():
+        strides = torch.empty_strided(x.shape, x.stride(), device="meta").view(view.shape).stride()
+    return view if strides == view.stride() else x.as_strided(view.shape, strides)
 
 
 _aten = torch.ops.aten
@@ -117,7 +148,7 @@ def predict(work: Workload, device: str = "cpu", tracker: Allocations | None = N
         for tensor in imitation.tensors():
             tracker.register_storage(tensor)
         tracker.peak = base = tracker.live
-        with simulated_device(kind), imitation.settings(), _casts(work, kind), tracker:
+        with simulated_device(kind), imitation.settings(), _casts(work, kind), tracker.linear, tracker:
             imitation.step()
     return Memory(base, tracker.peak_with_scratch(kind))
 
