@@ -23,6 +23,8 @@ ROOM = 4.0
 """Allowed multiple of the reference's own error, since an implementation sums in another order."""
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Lower bound for the reference's own error, which can be smaller by chance or by pairwise summation."""
+ZERO = 1e-8
+"""A tensor of this share of the largest norm, or less, is zero but for rounding."""
 FEW_FLIPPED = 0.02
 """Share of routes that may differ from fp64's because of near ties, in addition to ROOM times the reference's own
 share. Two routes may always differ, since a share of few routes is not informative."""
@@ -215,7 +217,7 @@ def _results(work: Workload, cuda_graph: bool = False) -> dict[str, Tensor]:
 def _distances(exact: dict[str, Tensor], *others: dict[str, Tensor]) -> Iterator[list[float]]:
     """Per exact tensor, the Euclidean distances of the others relative to its norm.
 
-    If it is zero, as queries' gradients are where there is one key, they are relative to the largest norm of all. A
+    If it is ZERO, as queries' gradients are where there is one key, they are relative to the largest norm of all. A
     missing gradient counts as zero; a non-finite distance counts as infinite.
     """
     norms = []
@@ -227,6 +229,6 @@ def _distances(exact: dict[str, Tensor], *others: dict[str, Tensor]) -> Iterator
     largest = max(values[::each])
     for at in range(0, len(values), each):
         scale, *absolute = values[at : at + each]
-        unit = scale if scale > 1e-9 else largest or 1.0
+        unit = scale if scale > ZERO * largest else largest or 1.0
         distances = [distance / unit for distance in absolute]
         yield [distance if math.isfinite(distance) else math.inf for distance in distances]
