@@ -147,6 +147,14 @@ def test_a_large_grid_is_checked_at_a_small_size() -> None:
     assert result is not None and result.ok
 
 
+@pytest.mark.parametrize(("mode", "batch"), [("forward", 1), ("forward_backward", 2)])
+def test_a_model_whose_last_stage_is_one_place_is_checked_on_several_images(mode: Mode, batch: int) -> None:
+    options = (("attention", "window"),)
+    case = Case("biformer_tiny", 32, 32, None, None, options, kind="model", impl="sdpa", mode=mode, batch=batch)
+    result = correctness.check(case)
+    assert result is not None and result.ok, result
+
+
 def test_the_tolerance_follows_the_precision() -> None:
     wide, narrow = (correctness.check(Case("full", 8, 8, 16, 2, impl="sdpa", dtype=d)) for d in ("bf16", "fp32"))
     assert wide is not None and narrow is not None
