@@ -66,7 +66,7 @@ def scratch(call: Call) -> int:
 
 
 def _copied(call: Call) -> int:
-    """Bytes of what fused attention copies: a mask whose rows are not adjacent, and an output gradient.
+    """Bytes of what fused attention copies: a mask whose keys are not adjacent, and an output gradient.
 
     The gradient is copied unless its layout is (batch, tokens, heads, channels). These are the only parts of that
     kernel's scratch that grow with the batch, so probes do not measure them.
@@ -74,9 +74,7 @@ def _copied(call: Call) -> int:
     if call.func not in _ATTENTION:
         return 0
     mask = dict(call.kwargs).get("attn_mask")
-    copied = 0
-    if mask is not None and mask.shape[-1] > 1 and mask.stride[-1] not in (0, 1):
-        copied = mask.nbytes
+    copied = 0 if mask is None or mask.stride[-1] in (0, 1) else mask.copied_nbytes
     if call.func is not _aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
         return copied
     grad, dense = call.args[0], 1
