@@ -22,6 +22,31 @@ class NHWC(nn.Module):
         return self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class Transposed(nn.Module):
+    """A linear layer of tokens by images. What is not contiguous has its bias added in place."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x.transpose(0, 1))
+
+
+class OneHead(nn.Module):
+    """A depthwise convolution within the heads of every image, of which there may be one: an axis of any stride."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.conv = heads, nn.Conv2d(dim // heads, dim // heads, 5, padding=2, groups=dim // heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w = x.shape[:3]
+        heads = x.chunk(3, dim=-1)[2].reshape(b, h * w, self.heads, -1).transpose(1, 2)
+        images = heads.unflatten(2, (h, w)).permute(0, 1, 4, 2, 3).reshape(b * self.heads, -1, h, w)
+        return self.conv(images)
+
+
 class Fused(nn.Module):
     """PyTorch's fused attention; queries, keys and values are thirds of the last axis. A learned bias unfuses it."""
 
@@ -72,6 +97,8 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolution, channels last": (lambda: NHWC(nn.Conv2d(16, 24, 3, padding=1)), (2, 20, 20, 16)),
     "depthwise convolution": (lambda: nn.Conv2d(32, 32, 5, padding=2, groups=32), (1, 32, 24, 24)),
     "depthwise, channels last": (lambda: NHWC(nn.Conv2d(32, 32, 5, padding=2, groups=32)), (1, 24, 24, 32)),
+    "depthwise, one head": (lambda: OneHead(24, 1), (1, 12, 28, 72)),
+    "linear, transposed": (lambda: Transposed(16), (40, 30, 16)),
     "mlp": (lambda: mlp(32), (2, 100, 32)),
     "fused attention": (Fused, (2, 2, 150, 48)),
     "attention with a learned bias": (lambda: Fused(2, 150, 150), (2, 2, 150, 48)),
