@@ -53,7 +53,7 @@ def analysed(draw: random.Random, name: str) -> tuple[Case, dict[str, Any]]:
             continue
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 9))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 @pytest.mark.parametrize("name", OWN)
 def test_any_configuration_is_counted_predicted_and_right(name: str, seed: int) -> None:
     case, columns = analysed(random.Random(f"{name} {seed}"), name)
