@@ -91,7 +91,10 @@ class Allocations(TorchDispatchMode):
 
 
 class RunningLinear(TorchFunctionMode):
-    """Whether a linear layer is running. It adds its bias in place, but into a copy under a dispatch mode."""
+    """Whether a linear layer is running.
+
+    If its input is not contiguous, it adds the bias in place, but under a dispatch mode into a copy.
+    """
 
     running = False
 

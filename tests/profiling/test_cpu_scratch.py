@@ -28,15 +28,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def allocated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Peak bytes of the operator beyond what it returns."""
-    func(*args, **kwargs)
-    events = cpu_scratch.memory_events(lambda: func(*args, **kwargs))
-    return cpu_scratch.peak_of(events) - sum(events)
-
-
 def check(func: Any, *args: Any, room: int = 0, **kwargs: Any) -> int:
-    call, measured = Call.of(func, args, kwargs), allocated(func, args, kwargs)
+    call, measured = Call.of(func, args, kwargs), cpu_scratch._probe(func, args, kwargs)
     assert abs(cpu_scratch.scratch(call) - measured) <= room, (func, measured)
     assert cpu_scratch.bound(call) >= measured
     return measured

@@ -99,3 +99,13 @@ def test_the_memory_efficient_kernel_works_in_tiles() -> None:
     assert scratch(made) == 4 * 6 * 65 + 12 * (16 + 4 * 64 * 64)
     half = [tensor.bfloat16() for tensor in (q, q, q, q, q)]
     assert irregular(Call.of(backward, (*half, sums, 0.0, False), {})) is None
+
+
+def test_a_layer_normalisation_copies_an_input_that_is_not_contiguous() -> None:
+    image, weight = torch.empty(2, 16, 5, 7, device="meta"), torch.empty(16, device="meta")
+    for x, copied in ((image.permute(0, 2, 3, 1), 4 * image.numel()), (torch.empty(2, 5, 7, 16, device="meta"), 0)):
+        forward = Call.of(torch.ops.aten.native_layer_norm.default, (x, [16], weight, weight, 1e-5), {})
+        grad, sums = torch.empty(2, 5, 7, 16, device="meta"), torch.empty(2, 5, 7, 1, device="meta")
+        args = grad, x, [16], sums, sums, weight, weight, [True] * 3
+        assert scratch(forward) == copied
+        assert scratch(Call.of(torch.ops.aten.native_layer_norm_backward.default, args, {})) == copied
