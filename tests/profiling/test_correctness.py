@@ -108,11 +108,21 @@ def test_gradients_that_are_zero_may_be_rounded(dtype: Dtype) -> None:
         assert result is not None and result.ok, result
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_gradients_of_two_numbers_are_judged_on_several_inputs(seed: int) -> None:
+    """On one input the reference's own error in them can be small by chance, and with it the tolerance."""
+    case = Case("dilated", 7, 7, 36, 1, (("dynamic_position_bias", True), ("qkv_bias", False)), kind="block",
+                impl="sdpa", mode="forward_backward", dtype="bf16", seed=seed)  # fmt: skip
+    result = correctness.check(case)
+    assert result is not None and result.ok, result
+
+
 @pytest.mark.parametrize("norm", [0.0, 1e-8])
 def test_gradients_that_should_be_zero_are_compared_with_the_largest(norm: float) -> None:
     exact = {"gradient of v": torch.full((4,), 50.0), "gradient of q": torch.full((4,), norm / 2)}
     for error, ok in ((1e-7, True), (1e-3, False)):
-        result = correctness._worst(exact | {"gradient of q": torch.full((4,), 50 * error)}, exact, exact)
+        squares = correctness._squares(exact, exact | {"gradient of q": torch.full((4,), 50 * error)}, exact)
+        result = correctness._judge(list(exact), squares, torch.zeros(2, 2))
         assert result.ok == ok and result.where == "gradient of q"
         assert result.error == pytest.approx(error, rel=0.01)
 
@@ -121,7 +131,7 @@ def test_the_share_of_flipped_routes_by_hand() -> None:
     exact = torch.tensor([[[0, 1], [2, 3]]]), torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
     taken = torch.tensor([[[1, 4], [2, 5]]])
     # One of the three routes of non-zero weight is missing; the order is irrelevant.
-    assert correctness._flipped({"a": taken}, {"a": exact}) == pytest.approx(1 / 3)
+    assert correctness._missed({"a": taken}, {"a": exact}) == (1, 3)
 
 
 def test_attention_without_routing_has_no_flipped_routes() -> None:
