@@ -138,7 +138,7 @@ def _compare(case: Case, fast: Workload) -> Agreement:
         return agreement
     # Not the seed itself, of which the weights are made.
     generator = torch.Generator(fast.x.device).manual_seed(case.seed + 1)
-    all_inputs = [first]
+    all_inputs = [tuple(first)]
     for _ in range(REPEATS):
         _renew(fast, references, generator)
         all_inputs.append(compare()[1:])
