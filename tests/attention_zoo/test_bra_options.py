@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from attention_zoo import MODELS, Block, InvalidOption, Unsupported, build
-from attention_zoo.attentions.bra import BiLevelRoutingAttention, sdpa
+from attention_zoo.attentions.bra import BiLevelRoutingAttention, kv_downsample, sdpa
 from attention_zoo.ops import flex_backend, regions
 from profiling.cases.case import Case
+from profiling.cases.workload import Dtype
 from profiling.meters import correctness
 
 
@@ -142,6 +143,15 @@ def test_they_pass_the_correctness_gate(chosen: dict[str, Any], more: dict[str, 
     case = Case("bra", 14, 14, 16, 4, options=tuple((chosen | more).items()), impl="sdpa", batch=2)
     result = correctness.check(case)
     assert result is not None and result.ok and result.flipped is not None, result
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "bf16_params"])
+@pytest.mark.parametrize("mode", kv_downsample.MODES)
+def test_every_reduction_passes_it_in_half_precision(mode: str, dtype: Dtype) -> None:
+    # All regions: routes that nearly tie would be chosen by rounding errors.
+    chosen = dict(n_win=2, topk=4, **kv(mode, downsample_ratio=2, per_win=2))
+    result = correctness.check(Case("bra", 8, 8, 16, 2, tuple(chosen.items()), impl="sdpa", dtype=dtype))
+    assert result is not None and result.ok, result
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,14 @@ def test_other_types_pass_the_agreement_gate(dtype: str) -> None:
     assert result is not None and result.ok, result
 
 
+def test_which_of_the_regions_of_padding_are_routed_to_does_not_matter() -> None:
+    """They are all alike, and the kernel's top-k breaks ties otherwise than PyTorch's."""
+    case = Case("bra", 2, 2, dim=16, num_heads=1, impl="triton", device=DEVICE,
+                options=(("n_win", 3), ("topk", 3), ("auto_pad", True)))  # fmt: skip
+    result = correctness.check(case)
+    assert result is not None and result.ok and result.flipped == 0, result
+
+
 @pytest.mark.usefixtures("bf16_interpreted")
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
 def test_the_comparison_can_fail(dtype: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,11 +127,21 @@ def test_gradients_that_should_be_zero_are_compared_with_the_largest(norm: float
         assert result.error == pytest.approx(error, rel=0.01)
 
 
-def test_the_share_of_flipped_routes_by_hand() -> None:
-    exact = torch.tensor([[[0, 1], [2, 3]]]), torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
-    taken = torch.tensor([[[1, 4], [2, 5]]])
-    # One of the three routes of non-zero weight is missing; the order is irrelevant.
-    assert correctness._missed({"a": taken}, {"a": exact}) == (1, 3)
+@pytest.mark.parametrize(
+    ("weights", "chosen", "taken", "missed"),
+    [
+        ([0.4, 0.3, 0.2, 0.1], [0, 1], [1, 0], (0, 2)),  # in another order
+        ([0.4, 0.3, 0.2, 0.1], [0, 1], [0, 2], (1, 2)),
+        ([0.4, 0.3, 0.2, 0.1], [0, 1], [1, 1], (1, 2)),  # the same one twice
+        ([0.6, 0.4, 0.0, 0.0], [0, 1, 2], [0, 2, 3], (1, 2)),  # a weight of zero does not count
+        ([0.4, 0.2, 0.2, 0.2], [0, 1], [0, 3], (0, 2)),  # a tie
+        ([0.4, 0.2, 0.2, 0.2], [0, 1], [2, 3], (1, 2)),  # a tie, in place of a better one
+        ([0.4, 0.3, 0.2, 0.1], [0, 1], [2, 3], (2, 2)),
+    ],
+)
+def test_missed_routes_by_hand(weights: list[float], chosen: list[int], taken: list[int], missed: object) -> None:
+    exact = torch.tensor([[chosen]]), torch.tensor([[weights]], dtype=torch.float64)
+    assert correctness._missed({"a": torch.tensor([[taken]])}, {"a": exact}) == missed
 
 
 def test_attention_without_routing_has_no_flipped_routes() -> None:

@@ -55,7 +55,9 @@ class KVDownsample(nn.Module):
         if self.mode == "conv":
             return self.conv(kv)
         if self.mode == "fracpool":
-            return F.fractional_max_pool2d(kv, self.kernel, output_size=size, _random_samples=self._borders(kv))
+            pooled = F.fractional_max_pool2d(kv, self.kernel, output_size=size, _random_samples=self._borders(kv))
+            # Autocast on CPUs pools in fp32 and leaves the result so; queries stay as they were.
+            return pooled.to(kv.dtype)
         if self.mode.startswith("ada_"):
             pool = F.adaptive_avg_pool2d if self.mode == "ada_avgpool" else F.adaptive_max_pool2d
             return pool(kv, self.per_win)
