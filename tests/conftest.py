@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 # Before PyTorch is loaded. Threads that spin while they wait make small tests ten times slower on a busy machine.
@@ -12,6 +14,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 # make test and make test-all (full) try the same examples each time, so that a red run is about a change.
@@ -38,9 +41,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def interpreter_problem() -> str | None:
+    """Why the installed Triton cannot interpret kernels; None if it can or need not."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return None
+    triton, numpy = version("triton"), version("numpy")
+    if Version(triton) >= Version("3.7") or Version(numpy) < Version("2.4"):
+        return None
+    return f"Triton {triton} interprets kernels with NumPy < 2.4 only, and this is {numpy}: pip install 'numpy<2.4'"
+
+
 # Last: the runtime checks of shapes are installed before anything of the zoo is imported.
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    if problem := interpreter_problem():
+        raise pytest.UsageError(problem)
     if plugins := config.getoption("--plugin"):
         from attention_zoo import InvalidOption, load_plugin
 
