@@ -11,7 +11,6 @@ ASKED = "PYTORCH_NVML_BASED_CUDA_CHECK"
 before = os.environ.get(ASKED)
 os.environ[ASKED] = "1"
 
-import fvcore.nn  # noqa: E402, F401
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 from torch import nn  # noqa: E402

@@ -5,17 +5,21 @@ All are MACs of the forward pass of the whole batch: what papers and fvcore call
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from fvcore.nn import FlopCountAnalysis
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention_zoo.core.base import Macs
 from attention_zoo.core.operator_macs import OPERATOR_MACS
 from profiling.cases.workload import Workload, with_fake_tensors
+
+# fvcore scripts functions as it is loaded, and traces to count; PyTorch 2.14 says each time that both are deprecated.
+with warnings.catch_warnings(action="ignore", category=FutureWarning):
+    from fvcore.nn import FlopCountAnalysis
 
 
 def analytic(module: nn.Module, height: int, width: int) -> Macs | None:
@@ -66,7 +70,7 @@ def by_fvcore(work: Workload) -> int:
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     training = {module: module.training for module in work.module.modules()}
     try:
-        with work.settings(), torch.no_grad():
+        with work.settings(), torch.no_grad(), warnings.catch_warnings(action="ignore", category=FutureWarning):
             analysis = FlopCountAnalysis(work.module.eval(), work.x.detach())
             analysis.set_op_handle(**FUSED, **OPERATOR_MACS, **RESAMPLING)
             return int(analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).total())

@@ -37,7 +37,7 @@ def write_trace(work: Workload, device: str, folder: str) -> None:
     On CUDA, also write a snapshot of the allocator's memory. Separate from :func:`breakdown`, because this detail
     slows the steps.
     """
-    profiler = _profile(work, device, record_shapes=True, profile_memory=True, with_stack=True, with_modules=True)
+    profiler = _profile(work, device, record_shapes=True, profile_memory=True, with_stack=True)
     Path(folder).mkdir(parents=True, exist_ok=True)
     # The name that TensorBoard's plugin expects: worker.time.pt.trace.json.
     name = f"{socket.gethostname()}.{time.time_ns() // 1_000_000}"
