@@ -3,8 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 # Before PyTorch is loaded. Threads that spin while they wait make small tests ten times slower on a busy machine.
@@ -43,9 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def interpreter_problem() -> str | None:
     """Why the installed Triton cannot interpret kernels; None if it can or need not."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+    try:
+        triton, numpy = version("triton"), version("numpy")
+    except PackageNotFoundError:  # Not installed, or a nightly build, which has another name and is newer.
         return None
-    triton, numpy = version("triton"), version("numpy")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return None
     if Version(triton) >= Version("3.7") or Version(numpy) < Version("2.4"):
         return None
     return f"Triton {triton} interprets kernels with NumPy < 2.4 only, and this is {numpy}: pip install 'numpy<2.4'"
