@@ -53,7 +53,11 @@ def test_in_the_contract_test(tmp_path: Path) -> None:
         r"^(PASSED|FAILED|ERROR) tests/attention_zoo/test_contract.py::(\w+)\[([^ \]-]*)", run.stdout, re.MULTILINE
     )
     passed = [test for outcome, test, name in outcomes if outcome == "PASSED" and "row_mean" in name]
-    assert len(passed) >= 10 and "test_predicted_memory_is_the_measured" in passed, run.stdout[-2000:]
+    assert len(passed) >= 10 and "test_predicted_memory_is_the_measured" in passed, (
+        run.returncode,
+        run.stdout[-2000:],
+        run.stderr[-2000:],
+    )
     others = {(test, name) for outcome, test, name in outcomes if outcome != "PASSED"}
     assert others == {("test_macs_equal_the_count", "wrong_mean")}
 
