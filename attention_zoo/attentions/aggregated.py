@@ -16,7 +16,7 @@ from attention_zoo.attentions.cosine_window import PositionNetwork, log_spaced
 from attention_zoo.core.base import Attention, Impl, InvalidOption, Macs
 from attention_zoo.core.options import AtLeast1, Range
 from attention_zoo.core.registry import register
-from attention_zoo.ops.softmax_attention import merge_heads, split_heads
+from attention_zoo.ops.softmax_attention import merge_heads, split_heads, unit_length
 
 FIRST_TEMPERATURE = 0.24
 
@@ -121,13 +121,13 @@ class AggregatedAttention(Attention):
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         height, width = x.shape[1:3]
         keys = self._pooled_size(height, width)
-        q = F.normalize(split_heads(rearrange(self.q(x), "b h w c -> b (h w) c"), self.num_heads), dim=-1)
+        q = unit_length(split_heads(rearrange(self.q(x), "b h w c -> b (h w) c"), self.num_heads))
         kv = self.kv(x)
         pooled = kv if self.pool is None else self.kv(self.pool(x, keys))
         k, v = (split_heads(part, self.num_heads) for part in rearrange(pooled, "b y x c -> b (y x) c").chunk(2, -1))
         inside = None if self.window is None else in_window(height, width, self.window_size, x.device)
         scaled = (q + self.query_embedding) * F.softplus(self.temperature) * self._log_length(inside, k, q.dtype)
-        scores = scaled.to(v.dtype) @ F.normalize(k, dim=-1).to(v.dtype).transpose(-2, -1)
+        scores = scaled.to(v.dtype) @ unit_length(k).to(v.dtype).transpose(-2, -1)
         scores = scores + self._bias((height, width), keys, scores.dtype)
         if self.window is None or inside is None:
             out = torch.softmax(scores, dim=-1) @ v
@@ -159,7 +159,7 @@ class AggregatedAttention(Attention):
     ) -> tuple[Float[Tensor, "b m n e k"], Float[Tensor, "b m n e k"]]:
         """The keys, of length 1, and values of each token's window; 0 outside the grid."""
         k, v = kv.chunk(2, dim=-1)
-        k = F.normalize(rearrange(k, "b h w (m e) -> b h w m e", m=self.num_heads), dim=-1).flatten(-2)
+        k = unit_length(rearrange(k, "b h w (m e) -> b h w m e", m=self.num_heads)).flatten(-2)
         image = rearrange(torch.cat([k.to(v.dtype), v], dim=-1), "b h w c -> b c h w")
         around = F.unfold(image, self.window_size, padding=self.window_size // 2)
         k, v = rearrange(around, "b (t m e k) n -> t b m n e k", t=2, m=self.num_heads, k=self.window_size**2)

@@ -15,7 +15,7 @@ from attention_zoo.attentions.window import WindowAttention, relative_index
 from attention_zoo.core.base import Impl, Macs
 from attention_zoo.core.options import AtLeast0, Range
 from attention_zoo.core.registry import register
-from attention_zoo.ops.softmax_attention import merge_heads, softmax_attention, split_heads
+from attention_zoo.ops.softmax_attention import merge_heads, softmax_attention, split_heads, unit_length
 
 LARGEST_SCALE = 100.0
 """Largest factor of the cosine: the temperature is at least 0.01."""
@@ -87,7 +87,7 @@ class CosineWindowAttention(WindowAttention):
         q, k, v = (split_heads(part, self.num_heads) for part in self._qkv(groups.partition(x)).chunk(3, dim=-1))
         largest = torch.full((), LARGEST_SCALE, device=x.device).log()
         scale = torch.clamp(self.logit_scale, max=largest).exp()
-        q, k = F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1)
+        q, k = unit_length(q) * scale, unit_length(k)
         mask, bias = groups.mask(v), self._position_bias(v)
         out = softmax_attention(
             q.to(v.dtype), k.to(v.dtype), v, 1, bias if mask is None else mask + bias, self.chosen_impl(x)

@@ -4,14 +4,13 @@ Shape legend: b batch, h w grid, n tokens, m heads, d channels of a head.
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from attention_zoo.core.base import Attention, Impl, Macs
 from attention_zoo.core.registry import register
-from attention_zoo.ops.softmax_attention import merge_heads, split_heads
+from attention_zoo.ops.softmax_attention import merge_heads, split_heads, unit_length
 
 
 @register("cross_covariance")
@@ -50,7 +49,7 @@ class CrossCovarianceAttention(Attention):
         self.chosen_impl(x)
         tokens = rearrange(x, "b h w c -> b (h w) c")
         q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(tokens).chunk(3, dim=-1))
-        q, k = F.normalize(q, dim=-2), F.normalize(k, dim=-2)
+        q, k = unit_length(q, dim=-2), unit_length(k, dim=-2)
         weights: Float[Tensor, "b m d d"] = torch.softmax(q.transpose(-2, -1) @ k * self.temperature, dim=-1)
         out = merge_heads(v @ weights.transpose(-2, -1))
         return self.proj(rearrange(out, "b (h w) c -> b h w c", h=x.shape[1]))

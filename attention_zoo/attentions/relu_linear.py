@@ -118,8 +118,8 @@ def _attend(q: Float[Tensor, "b g n d"], k: Float[Tensor, "b g n d"], v: Float[T
     weighted = q @ (k.transpose(-2, -1) @ v)
     total = q @ k.sum(dim=-2)[..., None]
     if weighted.dtype in (torch.float16, torch.bfloat16):
-        # fp16 has no number as small as epsilon: a query that the ReLU sets to zero would divide by zero.
-        return (weighted.float() / (total.float() + EPSILON)).to(weighted.dtype)
+        # Epsilon and its inverse are out of the range of fp16: a query that the ReLU sets to zero is divided by 1.
+        return (weighted.float() / (total.masked_fill(total == 0, 1).float() + EPSILON)).to(weighted.dtype)
     return weighted / (total + EPSILON)
 
 

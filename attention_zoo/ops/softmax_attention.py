@@ -45,3 +45,9 @@ def split_heads(x: Float[Tensor, "*g n d"], heads: int) -> Float[Tensor, "*g m n
 def merge_heads(x: Float[Tensor, "*g m n e"]) -> Float[Tensor, "*g n d"]:
     """Undo :func:`split_heads`."""
     return x.transpose(-3, -2).flatten(-2)
+
+
+def unit_length(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
+    """``x`` divided by its norm along an axis; zeros, such as the keys of padding, stay zeros."""
+    # The default epsilon, 1e-12, is 0 in fp16.
+    return F.normalize(x, dim=dim, eps=max(1e-12, torch.finfo(x.dtype).smallest_normal))

@@ -178,6 +178,20 @@ def test_gradients_reach_every_parameter(name: str, chosen: dict[str, Any]) -> N
         assert gradient.abs().max() > 1e-6, tensor
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "chosen"), VARIANTS)
+def test_half_precision_stays_finite(name: str, chosen: dict[str, Any], dtype: torch.dtype) -> None:
+    """Where a grid is padded too. Heads of 16 channels: of fewer, a ReLU often sets all to zero."""
+    grid = (8, 8) if chosen.get("auto_pad") is False else (7, 9)
+    x = torch.randn(2, *grid, 32, requires_grad=True)
+    module = build(name, dim=32, num_heads=HEADS, **chosen)
+    with torch.autocast("cpu", dtype):
+        out = module(x)
+    out.backward(torch.randn(out.shape, dtype=out.dtype))
+    tensors = {"output": out, "input": x.grad} | {key: weight.grad for key, weight in module.named_parameters()}
+    assert [key for key, tensor in tensors.items() if not tensor.isfinite().all()] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_backward_pass_has_twice_the_macs_at_most(name: str) -> None:
     chosen = tuple(sorted(minimal_options(name).items()))

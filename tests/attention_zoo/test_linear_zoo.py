@@ -368,7 +368,10 @@ def test_a_query_that_the_relu_sets_to_zero_gets_nothing(dtype: torch.dtype) -> 
     module = build("relu_linear", dim=DIM, num_heads=HEADS, scales=0, proj_norm=False, qkv_bias=True).to(dtype)
     nn.init.zeros_(module.qkv.weight)
     nn.init.constant_(module.qkv.bias, -1.0)
-    assert (module(image(2, 3).to(dtype)) == 0).all()
+    out = module(image(2, 3).to(dtype))
+    assert (out == 0).all()
+    out.sum().backward()
+    assert (module.qkv.weight.grad == 0).all()
 
 
 def test_a_single_token_can_be_trained() -> None:
