@@ -146,8 +146,6 @@ def _run(
         # One cell at a time on each device, so that another death has one suspect per device.
         for one in launcher.devices:
             one.at_once = 1
-    if limit := os.environ.get("SLURM_MEM_PER_NODE"):
-        device.available = min(device.available, int(limit) << 20)
     earlier = settings.results / model
     _copy(earlier / "peaks.csv", launcher.folder / "peaks.csv")
     stores = {name: Store(launcher.folder / f"{name}.csv") for name in {name for _, (name, _, _) in left}}

@@ -6,14 +6,16 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+V1_NAMES, V2_NAMES = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"), ("max", "current", "inactive_file")
+"""Names in a control group, by version: the files of its limit and usage, and the line of its statistics on cache."""
 THREADS_BESIDE_GPU = 1
 """CPU threads of a cell on a GPU. Many such cells prepare at once, and threads of one wait busily for each other: with
 as many threads as processors, twelve processes initialised a model seven times slower than with one each."""
@@ -33,16 +35,48 @@ def slug(name: str) -> str:
 
 
 def available_bytes(device: str) -> int:
-    """Memory that a cell may use: free memory of the GPU, or of the machine within its control group."""
+    """Memory that a cell may use: free on the GPU, or free on the machine within its control groups and Slurm job."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     meminfo = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/meminfo").read_text())) if _linux() else {}
     free = int(meminfo.get("MemAvailable", 0)) * 1024 or 8 << 30
+    return min(free, *free_in_groups(), *_slurm_limits(os.environ))
+
+
+def free_in_groups(root: Path = Path("/")) -> Iterator[int]:
+    """Yield the free bytes of each control group that limits this process: its own and all above, of version 1 or 2.
+
+    Args:
+        root: the folder that holds ``proc`` and ``sys``.
+    """
+    mount = root / "sys/fs/cgroup"
+    # Version 2 has one hierarchy, with an empty list of controllers; in version 1 memory has its own.
+    versions = {"": (mount, V2_NAMES), "memory": (mount / "memory", V1_NAMES)}
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in versions:
+                hierarchy, names = versions[controllers]
+                for group in [path, *map(str, PurePosixPath(path).parents)]:
+                    yield from _free_in_group(hierarchy / group.strip("/"), *names)
+
+
+def _free_in_group(folder: Path, limit: str, usage: str, cached: str) -> Iterator[int]:
+    # A group without a limit says "max", the root of version 2 has no such file, and a container does not show the
+    # groups above it.
     with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{what}").read_text()) for what in ("max", "current"))
-        free = min(free, limit - used)
-    return free
+        most, used = (int((folder / f"memory.{name}").read_text()) for name in (limit, usage))
+        found = re.search(rf"^{cached} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        # Cached files count as used, but the kernel drops them when memory is short.
+        yield most - used + int(found[1] if found else 0)
+
+
+def _slurm_limits(variables: Mapping[str, str]) -> Iterator[int]:
+    """Yield the memory of this Slurm job on this node, if it has a limit."""
+    if limit := variables.get("SLURM_MEM_PER_NODE"):
+        yield int(limit) << 20
+    if limit := variables.get("SLURM_MEM_PER_CPU"):
+        yield int(limit) * int(variables.get("SLURM_CPUS_ON_NODE", 1)) << 20
 
 
 def describe(device: str) -> dict[str, Any]:

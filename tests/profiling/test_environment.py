@@ -65,3 +65,42 @@ def test_the_environment_is_described_in_columns() -> None:
     assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
     assert facts["python"] == ".".join(map(str, sys.version_info[:3])) and facts["cuda"] is None
     assert 2**20 < environment.available_bytes("cpu") < 2**50
+
+
+def written(folder: Path, files: dict[str, object]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_memory_is_limited_by_every_group_above_and_cached_files_are_free(tmp_path: Path) -> None:
+    written(tmp_path, {"proc/self/cgroup": "0::/slurm/job_1/step_0", "sys/fs/cgroup/cgroup.procs": ""})
+    job = tmp_path / "sys/fs/cgroup/slurm/job_1"
+    written(job / "step_0", {"memory.max": "max", "memory.current": 300, "memory.stat": "inactive_file 0"})
+    assert not list(environment.free_in_groups(tmp_path))
+    stat = "anon 200\ninactive_file 250\nworkingset_x 3"
+    written(job, {"memory.max": 1000, "memory.current": 700, "memory.stat": stat})
+    assert list(environment.free_in_groups(tmp_path)) == [550]
+    written(job.parent, {"memory.max": 900, "memory.current": 800, "memory.stat": "anon 800"})
+    assert list(environment.free_in_groups(tmp_path)) == [550, 100]
+
+
+def test_memory_is_limited_by_groups_of_version_1_and_by_that_of_a_container(tmp_path: Path) -> None:
+    written(tmp_path, {"proc/self/cgroup": "5:cpu:/\n4:memory:/docker/0af\n0::/docker/0af"})
+    stat = "inactive_file 1\ntotal_inactive_file 40"
+    files = {"memory.limit_in_bytes": 1000, "memory.usage_in_bytes": 700, "memory.stat": stat}
+    # A container mounts its own group as the root; the path is that of the host.
+    written(tmp_path / "sys/fs/cgroup/memory", files)
+    assert list(environment.free_in_groups(tmp_path)) == [340]
+    assert not list(environment.free_in_groups(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "limits", [{"MEM_PER_NODE": "100"}, {"MEM_PER_CPU": "50", "CPUS_ON_NODE": "2"}, {"MEM_PER_CPU": "100"}]
+)
+def test_memory_is_limited_by_the_slurm_job(limits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE"):
+        monkeypatch.delenv(f"SLURM_{name}", raising=False)
+    for name, value in limits.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert environment.available_bytes("cpu") == 100 << 20
