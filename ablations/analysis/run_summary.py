@@ -20,14 +20,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def show(report: Report, seconds: float) -> None:
     """Print the summary of a run to stdout."""
     _show(report, seconds, findings(aggregate_replicates(load(*report.files))))
-    _write_pages(report.folder)
+    _write_pages(report.folders)
 
 
 def show_trained(report: Report, seconds: float) -> None:
     """As :func:`show`, of a run of capability sweeps."""
     _show(report, seconds, capability_findings(load_trained(*report.files)))
-    if any(map(holds_costs, report.folder.glob("*.csv"))):
-        _write_pages(report.folder)
+    _write_pages([folder for folder in report.folders if any(map(holds_costs, folder.glob("*.csv")))])
 
 
 def _show(report: Report, seconds: float, result: list[str]) -> None:
@@ -45,13 +44,15 @@ def _show(report: Report, seconds: float, result: list[str]) -> None:
             print(f"  - {finding}")
 
 
-def _write_pages(folder: Path) -> None:
+def _write_pages(folders: list[Path]) -> None:
     # Each links to the other where that is there.
-    first = not (folder / "report.html").exists()
-    write_explorer(folder.parent)
-    write_page(folder)
-    if first:
-        _write("", "notebooks.explorer", folder.parent, "explorer.html", "explorer")
+    new = [folder for folder in folders if not (folder / "report.html").exists()]
+    for root in {folder.parent for folder in folders}:
+        write_explorer(root)
+    for folder in folders:
+        write_page(folder)
+    for root in {folder.parent for folder in new}:
+        _write("", "notebooks.explorer", root, "explorer.html", "explorer")
 
 
 def write_page(folder: Path) -> None:

@@ -43,13 +43,13 @@ class CapabilityLauncher:
         self.devices = list(devices or find(settings.device, settings.gpus))
         self.facts = self.devices[0].facts
         self.folder = settings.results / environment.slug(self.facts["device_name"])
-        self.report = Report(self.folder)
+        self.report = Report()
         # Accuracy does not depend on what runs beside, unlike latency.
         self._slots = self.devices * (processors() if settings.device == "cpu" else 1)
 
     def run(self, sweeps: dict[str, CapabilitySweep]) -> Iterator[tuple[str, int, int]]:
         """Run the unfinished cells; yields news, the number of cells done and the total, as cells end."""
-        self.report = Report(self.folder)
+        self.report = Report()
         until = time.monotonic() + 60 * self.settings.minutes
         with ExitStack() as held:
             held.enter_context(exclusive(self.folder))

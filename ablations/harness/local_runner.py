@@ -44,11 +44,15 @@ class Settings:
 class Report:
     """Outcome of a run; ``left`` counts the cells not run before the time limit."""
 
-    folder: Path
     files: list[Path] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
     left: int = 0
+
+    @property
+    def folders(self) -> list[Path]:
+        """The results folders of the device models that ran."""
+        return sorted({path.parent for path in self.files})
 
 
 class Launcher:
@@ -66,7 +70,7 @@ class Launcher:
             self.models.setdefault(environment.slug(device.facts["device_name"]), []).append(device)
         self.facts = self.devices[0].facts
         self.folder = settings.results / next(iter(self.models))
-        self.report = Report(self.folder)
+        self.report = Report()
         self._known: dict[Case, Outcome] = {}
         self._until = math.inf
 
@@ -75,7 +79,7 @@ class Launcher:
 
         Every case of every sweep runs once before any case is repeated. No cell starts after the time limit.
         """
-        self.report = Report(self.folder)
+        self.report = Report()
         self._until = time.monotonic() + 60 * self.settings.minutes
         with contextlib.ExitStack() as held:
             for model in self.models:
@@ -84,14 +88,7 @@ class Launcher:
             stores = {model: self._stores(sweeps, model) for model in self.models}
             plans = [self._plan(sweeps, model, opened) for model, opened in stores.items()]
             together = itertools.chain.from_iterable(itertools.zip_longest(*plans))
-            cells = list(filter(None, together))
-            for number, replicate in enumerate(sorted({cell.case.replicate for cell in cells}) or [0]):
-                if number:
-                    # Children of one fork server share a memory layout; replicates need different ones.
-                    subprocess_runner.restart()
-                before = sum(cell.case.replicate < replicate for cell in cells)
-                for cell, done, _ in self.work([cell for cell in cells if cell.case.replicate == replicate]):
-                    yield cell, before + done, len(cells)
+            yield from self.work(list(filter(None, together)))
 
     def work(self, cells: Sequence[Cell]) -> Generator[tuple[Cell, int, int], None, None]:
         """Run these cells; yields as :meth:`run` does."""
@@ -103,13 +100,18 @@ class Launcher:
         concurrent = self.settings.device != "cpu"
         timeout = max((cell.plan.timeout for cell in cells), default=0.0) if concurrent else None
         self._know([cell.job for cell in cells], timeout)
-        in_time = itertools.takewhile(lambda _: time.monotonic() < self._until, cells)
-        for finished, cell, row in schedule(in_time, self._count, self._measure, self.models, concurrent):
-            if finished and row:
-                self.report.statuses[append(cell, row, self.models[cell.group][0])] += 1
-                done += 1
-            elif not finished:
-                yield cell, done, len(cells)
+        for number, replicate in enumerate(sorted({cell.case.replicate for cell in cells})):
+            if number:
+                # Children of one fork server share a memory layout; replicates need different ones.
+                subprocess_runner.restart()
+            group = (cell for cell in cells if cell.case.replicate == replicate)
+            in_time = itertools.takewhile(lambda _: time.monotonic() < self._until, group)
+            for finished, cell, row in schedule(in_time, self._count, self._measure, self.models, concurrent):
+                if finished and row:
+                    self.report.statuses[append(cell, row, self.models[cell.group][0])] += 1
+                    done += 1
+                elif not finished:
+                    yield cell, done, len(cells)
         self.report.left += len(cells) - done
 
     def plan(self, sweep: Sweep) -> Iterator[tuple[Case, dict[str, Any], str]]:

@@ -41,7 +41,7 @@ class Campaign:
         self.sweeps, self.shards = sweeps, shards
         self.folder = self.settings.results / "slurm" / f"attention-{_identity(self.settings, sweeps)}"
         self.queue = Queue(self.folder, args)
-        self.report = Report(self.folder)
+        self.report = Report()
 
     def run(self) -> Iterator[State]:
         """Run to the end; yields the state at intervals. LaunchError at the end if cells remain undone."""
@@ -107,6 +107,13 @@ class Campaign:
 
 
 def _identity(settings: Settings, sweeps: dict[str, Sweep]) -> str:
-    """Return the hash by which commands share a campaign: of the settings and sweeps, not of the Slurm options."""
+    """Return the hash by which commands share a campaign: of the settings and sweeps, not of the Slurm options.
+
+    ``--full``, ``--replicates`` and ``--timeout`` change the sweeps, so with them it is another campaign.
+    """
     said = [str(settings.results), settings.device, settings.smoke, settings.fresh, settings.retry_failed]
-    return hashlib.sha256(json.dumps([*said, *settings.plugins, sorted(sweeps)]).encode()).hexdigest()[:8]
+    for name, sweep in sorted(sweeps.items()):
+        # Without functions: their text holds an address, which differs from process to process.
+        axes = {str(axis): list(values) for axis, values in sweep.axes.items() if not callable(values)}
+        said += [name, str(sweep.replicates), str(sweep.timeout), str(sweep.stopping), str(axes)]
+    return hashlib.sha256(json.dumps([*said, *settings.plugins]).encode()).hexdigest()[:8]

@@ -59,7 +59,7 @@ def campaign(tmp_path: Path) -> Path:
 
 
 def merged(campaign: Path, **settings: Any) -> Report:
-    report = Report(campaign)
+    report = Report()
     merge(campaign, Settings(results=campaign.parent.parent, **settings), ["s"], report)
     return report
 

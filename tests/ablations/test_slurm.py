@@ -18,6 +18,7 @@ import pytest
 
 from ablations.cli import run_all
 from ablations.harness import sweep
+from ablations.harness.local_runner import Settings
 from ablations.harness.sweep import Sweep
 from ablations.slurm import driver as campaign
 from ablations.slurm import sbatch
@@ -265,6 +266,23 @@ def test_retry_failed_and_fresh_rerun_cells(
     assert lines(aside) == 5
 
 
+def test_replicates_get_a_fork_server_each_and_pages_are_written(
+    cluster: None, plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_peaks(tmp_path / "results")
+    monkeypatch.setenv("CAMPAIGN_SERVERS", str(tmp_path / "servers"))
+    planned = sweep.replace(of(("task_served",), 1), axes={"name": ("task_served",), "dim": (8, 16)}, fixed={
+        "grid": 4, "num_heads": 2
+    })  # fmt: skip
+    assert run(monkeypatch, planned, *arguments(tmp_path / "results", 1, "--replicates", "2")) == 0
+    assert every_key_once(load(folder / "campaign.csv"), 4)
+    servers = dict.fromkeys((tmp_path / "servers").read_text().split())
+    assert len(servers) == 2
+    shown = capsys.readouterr()
+    assert f"Explorer: {tmp_path / 'results' / 'explorer.html'}" in shown.out, shown.err
+    assert f"Report: {folder / 'report.html'}" in shown.out and (folder / "report.html").exists()
+
+
 def test_failing_shard_is_given_up_and_resumed_once_fixed(
     cluster: None, plugin: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,6 +313,20 @@ def test_rejected_job_reports_slurms_message_in_one_line(
         shown = capsys.readouterr()
         assert re.fullmatch(rf"error: Slurm refuses the job: [^\n]*{message}[^\n]*\n", shown.err), shown.err
         assert shown.out == "" and not ask("squeue", "--noheader")
+
+
+def test_commands_share_a_campaign_unless_they_ask_for_other_cells(tmp_path: Path) -> None:
+    def named(*names: str, **settings: Any) -> str:
+        # Made anew, as in another process: with other functions.
+        sweeps = {name: sweep.replace(of(("full",), 2), keep=lambda values: True) for name in names}
+        return campaign._identity(Settings(results=tmp_path, **settings), sweeps)
+
+    assert named("a", "b") == named("b", "a") != named("a")
+    assert named("a") != named("a", smoke=True)
+    whole = of(("full",), 2)
+    variants = [whole, whole.in_full(), sweep.replace(whole, replicates=2), sweep.replace(whole, timeout=9.0)]
+    variants.append(sweep.replace(whole, axes={"name": ("full",), "seed": (0,)}))
+    assert len({campaign._identity(Settings(results=tmp_path), {"a": each}) for each in variants}) == len(variants)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,15 @@ class Fine(Linear):
     """Works."""
 
 
+@register("task_served")
+class Served(Linear):
+    """Notes which fork server it was forked from."""
+
+    def act(self) -> None:
+        with Path(os.environ["CAMPAIGN_SERVERS"]).open("a") as file:
+            file.write(f"{os.getppid()}\n")
+
+
 @register("task_segfault")
 class Segfault(Linear):
     """Crashes, alone."""
