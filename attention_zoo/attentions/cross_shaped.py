@@ -52,8 +52,7 @@ class CrossShapedAttention(Attention):
     equation = "attention in horizontal stripes by one half of the heads, in vertical ones by the other, + LePE"
     left_open = "odd heads: the first half gets one more"
     departs = (
-        "padding masked, at the end (theirs: attend_padding, on both sides); the last stage is not global by "
-        "itself"
+        "padding masked, at the end (theirs: attend_padding, on both sides); the last stage is not global by itself"
     )
     impls = ("reference", "sdpa")
     exponent = 1.5

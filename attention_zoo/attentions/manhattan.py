@@ -54,8 +54,7 @@ class ManhattanAttention(Attention):
     citation = "Fan et al., RMT: Retentive Networks Meet Vision Transformers, CVPR 2024 (MaSA, decomposed MaSA, LCE)"
     equation = "(softmax(q kᵀ) ⊙ g^(|dy|+|dx|)) v + DWConv(v); or rows with g^|dx|, then columns with g^|dy|"
     left_open = (
-        "normalise before or after decay: after, as the code; rotation of q, k: on; g: 1 - 2^-(2 + 4 "
-        "head/heads)"
+        "normalise before or after decay: after, as the code; rotation of q, k: on; g: 1 - 2^-(2 + 4 head/heads)"
     )
     departs = "one qkv layer; tables not rounded to fp32"
     impls = ("reference", "sdpa")

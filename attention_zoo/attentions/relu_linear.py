@@ -46,8 +46,7 @@ class ReLULinearAttention(Attention):
     attends_to = "summaries of all tokens, at several scales"
     citation = "Cai et al., EfficientViT, ICCV 2023, section 3.1 (ReLU linear attention, multi-scale tokens)"
     equation = (
-        "ReLU(q)(ReLU(k)ᵀv) / ReLU(q)ΣReLU(k)ᵀ at the scales of tokens and of their aggregations, then a "
-        "projection"
+        "ReLU(q)(ReLU(k)ᵀv) / ReLU(q)ΣReLU(k)ᵀ at the scales of tokens and of their aggregations, then a projection"
     )
     left_open = "biases: none; batch normalisation after the projection; denominator: + 1e-15"
     departs = (

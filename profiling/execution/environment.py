@@ -40,7 +40,7 @@ def available_bytes(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     meminfo = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/meminfo").read_text())) if _linux() else {}
     free = int(meminfo.get("MemAvailable", 0)) * 1024 or 8 << 30
-    return min(free, *free_in_groups(), *_slurm_limits(os.environ))
+    return min([free, *free_in_groups(), *_slurm_limits(os.environ)])
 
 
 def free_in_groups(root: Path = Path("/")) -> Iterator[int]:
@@ -73,10 +73,11 @@ def _free_in_group(folder: Path, limit: str, usage: str, cached: str) -> Iterato
 
 def _slurm_limits(variables: Mapping[str, str]) -> Iterator[int]:
     """Yield the memory of this Slurm job on this node, if it has a limit."""
-    if limit := variables.get("SLURM_MEM_PER_NODE"):
-        yield int(limit) << 20
-    if limit := variables.get("SLURM_MEM_PER_CPU"):
-        yield int(limit) * int(variables.get("SLURM_CPUS_ON_NODE", 1)) << 20
+    # 0 asks for all memory of the node.
+    if limit := int(variables.get("SLURM_MEM_PER_NODE", 0)):
+        yield limit << 20
+    if limit := int(variables.get("SLURM_MEM_PER_CPU", 0)):
+        yield limit * int(variables.get("SLURM_CPUS_ON_NODE", 1)) << 20
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -95,8 +95,15 @@ def test_memory_is_limited_by_groups_of_version_1_and_by_that_of_a_container(tmp
     assert not list(environment.free_in_groups(tmp_path / "nothing"))
 
 
+def test_memory_without_a_limit_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "free_in_groups", lambda: iter(()))
+    monkeypatch.setattr(environment, "_slurm_limits", lambda variables: iter(()))
+    assert 2**20 < environment.available_bytes("cpu") < 2**50
+
+
 @pytest.mark.parametrize(
-    "limits", [{"MEM_PER_NODE": "100"}, {"MEM_PER_CPU": "50", "CPUS_ON_NODE": "2"}, {"MEM_PER_CPU": "100"}]
+    "limits",
+    [{"MEM_PER_NODE": "100", "MEM_PER_CPU": "0"}, {"MEM_PER_CPU": "50", "CPUS_ON_NODE": "2"}, {"MEM_PER_CPU": "100"}],
 )
 def test_memory_is_limited_by_the_slurm_job(limits: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE"):
