@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,6 +20,8 @@ LISTS = ("setup", "teardown", "srun_args")
 """Options that submitit takes as a list."""
 OWN = ("job_name", "comment")
 """Options that identify the jobs of a campaign; users cannot set them."""
+ERROR = re.compile(r"(?!srun:)(?=\S)([\w.]+: |.*[Ee]rror)")
+"""A line that names an error: not a traceback's indented source, nor srun's own line, which gives no cause."""
 
 
 def options(text: str) -> dict[str, Any]:
@@ -52,6 +55,11 @@ def _value(name: str, value: str) -> Any:
 def on_gpus(args: dict[str, Any]) -> bool:
     """Whether these options request GPUs."""
     return any("gpu" in f"{name}={value}" for name, value in args.items() if name not in (*LISTS, "partition"))
+
+
+def last_error(lines: list[str]) -> str:
+    """Return the last error in a log; its last line if there is none."""
+    return ([line for line in lines if ERROR.match(line)] or lines or ["nothing"])[-1]
 
 
 class Queue:
@@ -103,11 +111,8 @@ class Queue:
     def last_words(self) -> str:
         """Return the last error in the logs of the tasks, and the path of the log."""
         logs = sorted((self.folder / "logs").glob("*.err"), key=lambda path: path.stat().st_mtime)
-        lines = logs[-1].read_text(errors="replace").splitlines() if logs else []
-        # Prefer other errors to srun's own line, which gives no cause.
-        errors = sorted((line for line in lines if "rror" in line), key=lambda line: not line.startswith("srun:"))
-        said = errors[-1:] or lines[-1:] or ["nothing"]
-        return f"{said[0]} ({logs[-1] if logs else self.folder})"
+        said = last_error(logs[-1].read_text(errors="replace").splitlines()) if logs else "nothing"
+        return f"{said} ({logs[-1] if logs else self.folder})"
 
     def _executor(self, submission: int) -> Any:
         try:

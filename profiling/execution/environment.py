@@ -40,10 +40,10 @@ def available_bytes(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     meminfo = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/meminfo").read_text())) if _linux() else {}
     free = int(meminfo.get("MemAvailable", 0)) * 1024 or 8 << 30
-    return min([free, *free_in_groups(), *_slurm_limits(os.environ)])
+    return min([free, *_free_in_groups(), *_slurm_limits(os.environ)])
 
 
-def free_in_groups(root: Path = Path("/")) -> Iterator[int]:
+def _free_in_groups(root: Path = Path("/")) -> Iterator[int]:
     """Yield the free bytes of each control group that limits this process: its own and all above, of version 1 or 2.
 
     Args:

@@ -330,6 +330,23 @@ def test_commands_share_a_campaign_unless_they_ask_for_other_cells(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (
+            "Traceback:\n    raise error\nzoo.InvalidOption: no 'x'\nsrun: error: two: exit code 1",
+            "zoo.InvalidOption: no 'x'",
+        ),
+        ("slurmstepd: error: DUE TO TIME LIMIT\nsrun: error: two: Terminated", "slurmstepd: error: DUE TO TIME LIMIT"),
+        ("ValueError: bad\n/a/b.py:3: UserWarning: late\n  warnings.warn(", "ValueError: bad"),
+        ("starting\nsrun: error: two: Killed", "srun: error: two: Killed"),
+        ("", "nothing"),
+    ],
+)
+def test_the_last_error_of_a_log_is_found(log: str, said: str) -> None:
+    assert sbatch.last_error(log.splitlines()) == said
+
+
+@pytest.mark.parametrize(
     ("text", "result"),
     [
         ("", {}),

@@ -77,12 +77,12 @@ def test_memory_is_limited_by_every_group_above_and_cached_files_are_free(tmp_pa
     written(tmp_path, {"proc/self/cgroup": "0::/slurm/job_1/step_0", "sys/fs/cgroup/cgroup.procs": ""})
     job = tmp_path / "sys/fs/cgroup/slurm/job_1"
     written(job / "step_0", {"memory.max": "max", "memory.current": 300, "memory.stat": "inactive_file 0"})
-    assert not list(environment.free_in_groups(tmp_path))
+    assert not list(environment._free_in_groups(tmp_path))
     stat = "anon 200\ninactive_file 250\nworkingset_x 3"
     written(job, {"memory.max": 1000, "memory.current": 700, "memory.stat": stat})
-    assert list(environment.free_in_groups(tmp_path)) == [550]
+    assert list(environment._free_in_groups(tmp_path)) == [550]
     written(job.parent, {"memory.max": 900, "memory.current": 800, "memory.stat": "anon 800"})
-    assert list(environment.free_in_groups(tmp_path)) == [550, 100]
+    assert list(environment._free_in_groups(tmp_path)) == [550, 100]
 
 
 def test_memory_is_limited_by_groups_of_version_1_and_by_that_of_a_container(tmp_path: Path) -> None:
@@ -91,12 +91,12 @@ def test_memory_is_limited_by_groups_of_version_1_and_by_that_of_a_container(tmp
     files = {"memory.limit_in_bytes": 1000, "memory.usage_in_bytes": 700, "memory.stat": stat}
     # A container mounts its own group as the root; the path is that of the host.
     written(tmp_path / "sys/fs/cgroup/memory", files)
-    assert list(environment.free_in_groups(tmp_path)) == [340]
-    assert not list(environment.free_in_groups(tmp_path / "nothing"))
+    assert list(environment._free_in_groups(tmp_path)) == [340]
+    assert not list(environment._free_in_groups(tmp_path / "nothing"))
 
 
 def test_memory_without_a_limit_is_that_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "free_in_groups", lambda: iter(()))
+    monkeypatch.setattr(environment, "_free_in_groups", lambda: iter(()))
     monkeypatch.setattr(environment, "_slurm_limits", lambda variables: iter(()))
     assert 2**20 < environment.available_bytes("cpu") < 2**50
 
@@ -111,3 +111,6 @@ def test_memory_is_limited_by_the_slurm_job(limits: dict[str, str], monkeypatch:
     for name, value in limits.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     assert environment.available_bytes("cpu") == 100 << 20
+    # The memory of a job is the host's; a GPU has its own.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
+    assert environment.available_bytes("cuda") == 80 << 30
