@@ -148,6 +148,15 @@ def _poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return poisoned
 
 
+@pytest.fixture
+def compiler() -> None:
+    """For tests that compile: skipped where no compiler is installed."""
+    from attention_zoo.core import compilers
+
+    if reason := compilers.missing("cpu") or compilers.missing("cuda"):
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_prediction_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No prediction that this user has kept is read, and none is left."""

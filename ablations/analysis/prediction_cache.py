@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ablations.harness.static_analysis_cache import code
+from attention_zoo.core import compilers
 from profiling.execution import environment
 from profiling.execution.benchmark import Job
 from profiling.execution.child_process import Outcome
@@ -56,6 +57,9 @@ def _write(path: Path, text: str) -> None:
 def _digest(jobs: Sequence[Job]) -> str:
     """Of all that the outcomes depend on: the cases, the code, PyTorch, and what this machine can run."""
     device = jobs[0].case.device
-    here = (code(), torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
+    here = (
+        code(), torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(),
+        compilers.missing(device),
+    )  # fmt: skip
     cases = [job.case.key("", "") for job in jobs]
     return hashlib.sha256(repr((here, environment.check_device(device), cases)).encode()).hexdigest()[:24]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import os.path
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,8 @@ def load_plugin(path: str | Path) -> list[str]:
     if module_name in sys.modules:
         return []
     spec = importlib.util.spec_from_file_location(module_name, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    # Not path.is_file(), which raises before Python 3.14 if the name cannot be one of a file.
+    if not os.path.isfile(path) or spec is None or spec.loader is None:
         raise InvalidOption(f"plugin {path}: not a Python file")
     before = set(_CLASSES)
     module = importlib.util.module_from_spec(spec)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from attention_zoo.core import compilers
+
 SMALLEST_HEAD = 16
 
 
@@ -28,4 +30,4 @@ def unsupported(x: Tensor, head_dim: int, gradients: bool) -> str | None:
         return "FlexAttention's kernels do not run in fp64"
     if x.is_cuda and head_dim < SMALLEST_HEAD:
         return f"FlexAttention needs at least {SMALLEST_HEAD} channels per head, not {head_dim}"
-    return None
+    return compilers.missing(x.device.type)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module
 
 from attention_zoo import Unsupported
+from attention_zoo.core import compilers
 
 Mode = Literal["forward", "forward_backward"]
 Dtype = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "bf16_params"]
@@ -156,6 +157,12 @@ def compile_in_process() -> None:
 
         # The lock of the compiler's progress bars is a semaphore that would leak too.
         tqdm.set_lock(threading.RLock())
+
+
+def check_compiler(device: str) -> None:
+    """Raise Unsupported unless torch.compile can compile for ``device`` here."""
+    if reason := compilers.missing(device):
+        raise Unsupported(f"compiled=True: {reason}")
 
 
 def check_graphs(device: str) -> None:

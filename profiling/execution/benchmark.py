@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attention_zoo import Unsupported, load_plugin
 from profiling.cases.case import Case
-from profiling.cases.workload import Workload, check_graphs, compile_in_process
+from profiling.cases.workload import Workload, check_compiler, check_graphs, compile_in_process
 from profiling.execution import child_process, cpu_allocator, environment
 from profiling.execution.cpu_allocator import FreedMemory
 from profiling.meters import correctness, latency, macs, operator_times, peak_memory
@@ -94,7 +94,7 @@ def measure(job: Job) -> dict[str, Any]:
     compiles. On CUDA, fvcore is skipped, because its trace of a model takes longer than all other steps.
 
     Raises:
-        Unsupported: the implementation, or a CUDA graph, cannot run here.
+        Unsupported: the implementation, a CUDA graph or torch.compile cannot run here.
     """
     prepare(job)
     case = job.case
@@ -133,13 +133,15 @@ def prepare(job: Job) -> None:
     """Prepare this process for the job's step.
 
     Raises:
-        Unsupported: a CUDA graph is requested but unavailable here.
+        Unsupported: a CUDA graph or compilation is requested but unavailable here.
     """
     job.load()
     if job.case.device == "cuda":
         torch.set_num_threads(environment.THREADS_BESIDE_GPU)
     if job.case.cuda_graph:
         check_graphs(job.case.device)
+    if job.case.compiled:
+        check_compiler(job.case.device)
     if job.case.may_compile:
         compile_in_process()
     if job.case.deterministic:

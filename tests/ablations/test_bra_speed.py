@@ -325,7 +325,7 @@ def test_mask_agrees_by_blocks_by_tokens_and_transposed() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_flex_attention_follows_the_routes_of_each_input() -> None:
+def test_compiled_flex_attention_follows_the_routes_of_each_input(compiler: None) -> None:
     module, exact = bra("flex", torch.float32, n_win=4, topk=3), bra("reference", n_win=4, topk=3)
     for seed in (5, 6):
         torch.manual_seed(seed)
@@ -335,7 +335,7 @@ def test_compiled_flex_attention_follows_the_routes_of_each_input() -> None:
             assert (module(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_a_forward_cell_of_flex_is_measured_on_a_cpu_and_a_training_cell_is_unsupported() -> None:
+def test_a_forward_cell_of_flex_is_measured_on_a_cpu_and_a_training_cell_is_unsupported(compiler: None) -> None:
     case = Case("bra", 8, 12, dim=32, options=(("n_win", 4), ("topk", 3)), impl="flex")
     assert static_analysis_of(case)["macs_agree"] and static_analysis_of(case)["memory_predicted_bytes"] is None
     # Other tests of this process have compiled other shapes.
@@ -379,7 +379,7 @@ def test_tiles_divide_the_blocks(blocks: tuple[int, int], tiles: dict[str, int])
 
 
 @pytest.mark.slow
-def test_compiled_sdpa_is_measured() -> None:
+def test_compiled_sdpa_is_measured(compiler: None) -> None:
     """Its backward pass, which differentiates what it recomputes, compiles too."""
     chosen: Any = {"options": (("n_win", 4), ("topk", 2)), "mode": "forward_backward"}
     case = Case("bra", 8, 8, dim=16, impl="sdpa", compiled=True, **chosen)

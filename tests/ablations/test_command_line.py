@@ -82,7 +82,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("profiling", "--device tpu", "--device: invalid choice: 'tpu' .*cpu.*cuda"),
         ("profiling", "--trace /dev/null/x", "--trace /dev/null/x: no permission to write there"),
         ("profiling", "--plugin none.py", "plugin .*none.py: not a Python file"),
-        ("profiling", f"--plugin {'x' * 300}", "File name too long"),
+        ("profiling", f"--plugin {'x' * 300}", "plugin .*xxx: not a Python file"),
         ("profiling", f"--plugin {PLUGINS / 'faults.py'} --attention fault_flags", "option 'mode' .* taken: .*--mode"),
         ("run_all", "--only none", "unknown sweep 'none'; valid: .*kv_downsample, .*models, .*resolution, .*topk"),
         ("run_all", "--only topk,none", "unknown sweep 'none'; valid: .*topk"),

@@ -174,7 +174,7 @@ def test_every_attention_and_implementation_is_a_candidate() -> None:
     assert (("window_size", 14),) in {c.changed for c in result if c.case.name == "plain"}
 
 
-def test_batch_analysis_equals_single_analysis_and_isolates_a_crash() -> None:
+def test_batch_analysis_equals_single_analysis_and_isolates_a_crash(compiler: None) -> None:
     plugins = (str(FAULTS),)
     load_plugin(FAULTS)
     sizes = [case(name="full"), case(name="full", impl="sdpa"), case(name="fault_crash_on_shapes"), bra(n_win=5)]

@@ -232,7 +232,7 @@ def test_flex_attention_raises_unsupported_with_reason() -> None:
             assert build("neighborhood", dim=64, num_heads=2).chosen_impl(x) == "sdpa"
 
 
-def test_flex_attention_can_run_on_a_cpu_without_gradients() -> None:
+def test_flex_attention_can_run_on_a_cpu_without_gradients(compiler: None) -> None:
     x, module = torch.zeros(1, 8, 8, 64), build("neighborhood", dim=64, num_heads=2, impl="flex")
     with torch.no_grad():
         assert module.chosen_impl(x) == "flex"
@@ -240,7 +240,7 @@ def test_flex_attention_can_run_on_a_cpu_without_gradients() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_flex_attention_equals_the_reference_on_a_cpu() -> None:
+def test_compiled_flex_attention_equals_the_reference_on_a_cpu(compiler: None) -> None:
     options = dict(dim=64, num_heads=4, kernel_size=5, dilation=2, stride=2, relative_position_bias=True)
     reference, fast = build("neighborhood", impl="reference", **options), build("neighborhood", impl="flex", **options)
     fast.load_state_dict(reference.state_dict())

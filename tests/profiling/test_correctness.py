@@ -150,7 +150,7 @@ def test_attention_without_routing_has_no_flipped_routes() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_step_keeps_its_routes_too() -> None:
+def test_a_compiled_step_keeps_its_routes_too(compiler: None) -> None:
     subprocess_runner.start()
     case = Case("bra", 8, 8, 8, 2, impl="reference", compiled=True, options=(("n_win", 4),))
     outcome = subprocess_runner.call(correctness.check, case)

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from attention_zoo.attentions.bra import coarse_gate, sdpa, triton_macs, triton_ops  # noqa: F401 (triton_macs registers)
 from attention_zoo.attentions.bra.triton_tiles import LARGEST_HEAD
+from attention_zoo.core import compilers
 from attention_zoo.core.base import Unsupported
 from attention_zoo.core.memory_simulation import device_type
 from attention_zoo.core.profiler_ranges import stage
@@ -58,7 +59,9 @@ def unsupported(bra: "BiLevelRoutingAttention", x: Tensor) -> str | None:
         return "Triton is not installed; on Linux: pip install triton"
     if x.is_cuda:
         major = torch.cuda.get_device_properties(x.device).major
-        return None if major >= 8 else f"its kernels need compute capability 8.0, and this device has {major}.x"
+        if major < 8:
+            return f"its kernels need compute capability 8.0, and this device has {major}.x"
+        return compilers.missing("cuda")
     if bra.impl == "triton" and INTERPRETED and x.device.type == "cpu":
         return None
     return f"its kernels do not run on {x.device.type}, except to be checked, with TRITON_INTERPRET=1"

@@ -1,0 +1,46 @@
+"""The C and C++ compilers that PyTorch and Triton run when they compile a kernel."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+
+import torch
+
+LIBRARIES = {"c": "apt install gcc python3-dev", "c++": "apt install g++ python3-dev"}
+
+
+def missing(device: str) -> str | None:
+    """What PyTorch and Triton lack here to compile a kernel for ``device``; None if nothing.
+
+    For a CPU, PyTorch writes C++. For a GPU, Triton writes the part of a kernel that launches it in C. Both include
+    Python.h, which the Python of Debian and Ubuntu has in a package of its own.
+    """
+    # A compiler that traces this was found before, and cannot trace how.
+    return None if torch.compiler.is_compiling() else _missing("c++" if device == "cpu" else "c")
+
+
+@cache
+def _missing(language: str) -> str | None:
+    variable, kind = ("CXX", "C++") if language == "c++" else ("CC", "C")
+    compiler = os.environ.get(variable) or _found(language)
+    needs = f"it is compiled here, which needs a {kind} compiler with Python's headers"
+    mend = f"on Debian and Ubuntu: {LIBRARIES[language]}"
+    if compiler is None:
+        return f"{needs}, and there is none; {mend}"
+    headers = sysconfig.get_path("include", "posix_prefix")
+    command = [compiler, "-E", "-x", language, f"-I{headers}", "-"]
+    try:
+        result = subprocess.run(command, input=b"#include <Python.h>\n", capture_output=True, check=False)
+    except OSError as problem:
+        return f"{needs}, and {variable}={compiler}: {problem.strerror}; {mend}"
+    return f"{needs}, and {compiler} does not find Python.h; {mend}" if result.returncode else None
+
+
+def _found(language: str) -> str | None:
+    """The compiler that PyTorch (C++) or Triton (C) takes unless CXX or CC names one."""
+    if language == "c":
+        return shutil.which("gcc") or shutil.which("clang")
+    return shutil.which("clang++" if sys.platform == "darwin" else "g++")

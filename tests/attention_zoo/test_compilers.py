@@ -1,0 +1,57 @@
+"""Without a compiler and Python's headers, what must be compiled is refused with a reason, and auto takes the rest."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+from attention_zoo import Unsupported, build
+from attention_zoo.core import compilers
+from profiling.cases.case import Case
+from profiling.execution.benchmark import Job, prepare
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test before has found is asked for again."""
+    monkeypatch.setattr(compilers, "_missing", compilers._missing.__wrapped__)
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_nothing_is_missing_with_compilers_and_headers(compiler: None) -> None:
+    assert compilers.missing("cpu") is None and compilers.missing("cuda") is None
+
+
+@pytest.mark.parametrize(("device", "kind", "package"), [("cpu", r"C\+\+", r"g\+\+"), ("cuda", "C", "gcc")])
+def test_no_compiler(device: str, kind: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unsupported, match=f"compiled=True: .* a {kind} compiler .*none; .*apt install {package} "):
+        prepare(Job(Case("bra", 8, 8, dim=16, compiled=True, device=device)))
+
+
+@pytest.mark.parametrize(("variable", "device"), [("CXX", "cpu"), ("CC", "cuda")])
+def test_a_compiler_that_is_not_there(variable: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "no-such-compiler")
+    assert f"{variable}=no-such-compiler: No such file or directory" in str(compilers.missing(device))
+
+
+def test_no_headers(compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    for device in ("cpu", "cuda"):
+        assert "does not find Python.h; on Debian and Ubuntu: apt install g" in str(compilers.missing(device))
+    x = torch.zeros(1, 8, 8, 64)
+    for name in ("bra", "neighborhood"):
+        options = {"n_win": 2, "topk": 1} if name == "bra" else {}
+        flex, auto = (build(name, dim=64, num_heads=2, impl=impl, **options) for impl in ("flex", "auto"))
+        with torch.no_grad():
+            assert auto(x).shape == x.shape and auto.chosen_impl(x) == "sdpa"
+            with pytest.raises(Unsupported, match=r"impl='flex': .*does not find Python\.h"):
+                flex(x)
+
+
+def test_headers_that_the_environment_names(compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CPATH", sysconfig.get_path("include", "posix_prefix"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert compilers.missing("cpu") is None and compilers.missing("cuda") is None
