@@ -99,7 +99,7 @@ def test_a_step_larger_than_memory_ends_as_out_of_memory(
     assert row["status"] == "oom" and row["memory_predicted_bytes"] > 1 << 30 and "latency_p50_ms" not in row
 
 
-def test_a_profile_is_of_the_step_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_is_of_the_step_that_is_timed(compiler: None, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Workload] = []
     monkeypatch.setattr(Workload, "compile", lambda work: compiled.append(work))
     job = Job(Case("pseudo_conv", 4, 4, 8, 2, compiled=True))

@@ -174,15 +174,13 @@ class BiLevelRoutingAttention(Attention):
     def unsupported(self, impl: str, x: Tensor) -> str | None:
         if impl == "triton":
             return triton.unsupported(self, x)
-        if impl == "flex" and (reason := flex.unsupported(self, x)):
-            return reason
         if (
             impl in ("sdpa", "flex")
             and self.mask_padding
             and any(size % self.regions_per_side(*x.shape[1:3]) for size in x.shape[1:3])
         ):
             return f"it masks no padding, which mask_padding=True asks for on a {x.shape[1]} x {x.shape[2]} grid"
-        return None
+        return flex.unsupported(self, x) if impl == "flex" else None
 
     def routes(self, x: Float[Tensor, "b h w c"]) -> tuple[Int[Tensor, "b *p k"], Float[Tensor, "b *p k"]]:
         """The routed regions of each query region and their weights: softmax over the k routing scores.
