@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-LIBRARIES = {"c": "apt install gcc python3-dev", "c++": "apt install g++ python3-dev"}
+INSTALL = {"c": "apt install gcc python3-dev", "c++": "apt install g++ python3-dev"}
 
 
 def missing(device: str) -> str | None:
@@ -27,7 +27,7 @@ def _missing(language: str) -> str | None:
     variable, kind = ("CXX", "C++") if language == "c++" else ("CC", "C")
     compiler = os.environ.get(variable) or _found(language)
     needs = f"it is compiled here, which needs a {kind} compiler with Python's headers"
-    mend = f"on Debian and Ubuntu: {LIBRARIES[language]}"
+    mend = f"on Debian and Ubuntu: {INSTALL[language]}"
     if compiler is None:
         return f"{needs}, and there is none; {mend}"
     headers = sysconfig.get_path("include", "posix_prefix")
