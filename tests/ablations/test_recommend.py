@@ -230,7 +230,9 @@ def test_refused_candidates_have_a_reason(answered: tuple[dict[str, Any], Path])
     assert all(e["why_not"] for e in refused)
 
 
-def test_untimed_candidates_are_listed_with_their_command(answered: tuple[dict[str, Any], Path]) -> None:
+def test_untimed_candidates_are_listed_with_their_command(
+    compiler: None, answered: tuple[dict[str, Any], Path]
+) -> None:
     unknown = answered[0]["unknown"]
     assert [e["macs"] for e in unknown] == sorted(e["macs"] for e in unknown)
     predicted = [e for e in unknown if e["memory_predicted_bytes"] is not None]
