@@ -212,7 +212,8 @@ def _use_caches(out: Path, packed: Path | None) -> None:
         (out / "cache" / name).mkdir(parents=True, exist_ok=True)
     if packed:
         with tarfile.open(packed) as tar:
-            tar.extractall(out, filter="data")
+            # Python 3.11.2, which Debian 12 has, knows no filter.
+            tar.extractall(out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
 
 
 def _pack(folder: Path, tar: Path, caches: bool = False) -> None:

@@ -24,6 +24,9 @@ def missing(device: str) -> str | None:
 
 @cache
 def _missing(language: str) -> str | None:
+    if language == "c++" and (unsafe := set(" '\"") & set(torch.__file__)):
+        written = " and ".join(sorted(map(repr, unsafe)))
+        return f"it is compiled here, and PyTorch compiles for no CPU from a path with {written}: {torch.__file__}"
     variable, kind = ("CXX", "C++") if language == "c++" else ("CC", "C")
     compiler = os.environ.get(variable) or _found(language)
     needs = f"it is compiled here, which needs a {kind} compiler with Python's headers"

@@ -34,8 +34,14 @@ _RUNNING: set[BaseProcess] = set()
 _SERVERS: dict[FreedMemory, forkserver.ForkServer] = {}
 CALL = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 """A call in the stack that faulthandler writes."""
-LIBRARIES = (os.path.dirname(os.__file__), str(Path(__file__).parent), "<")
-"""Where paths of calls begin that the reason of a timeout does not name; nor those in site-packages elsewhere."""
+LIBRARIES = tuple(
+    path.encode("ascii", "backslashreplace").decode()
+    for path in (os.path.dirname(os.__file__), str(Path(__file__).parent), "<")
+)
+"""Where paths of calls begin that the reason of a timeout does not name; nor those in site-packages elsewhere.
+
+In ASCII, as faulthandler writes them.
+"""
 CALLS = 3
 """Number of calls that the reason of a timeout names."""
 ANSWERS, PAUSE = 1.0, 0.1

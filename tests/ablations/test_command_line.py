@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from shlex import quote
 
 import pytest
 from commands import PLUGINS, ROOT, SMALL, Main, outcome
@@ -20,6 +22,7 @@ from profiling.cli.arguments import run_reporting
 from profiling.execution import environment
 from profiling.schema.row import COLUMNS
 
+FAULTS = str(PLUGINS / "faults.py")
 MAINS: dict[str, Main] = {
     "profiling": profiler.main,
     "run_all": lambda arguments: run_all.main(list(arguments)),
@@ -83,7 +86,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("profiling", "--trace /dev/null/x", "--trace /dev/null/x: no permission to write there"),
         ("profiling", "--plugin none.py", "plugin .*none.py: not a Python file"),
         ("profiling", f"--plugin {'x' * 300}", "plugin .*xxx: not a Python file"),
-        ("profiling", f"--plugin {PLUGINS / 'faults.py'} --attention fault_flags", "option 'mode' .* taken: .*--mode"),
+        ("profiling", f"--plugin {quote(FAULTS)} --attention fault_flags", "option 'mode' .* taken: .*--mode"),
         ("run_all", "--only none", "unknown sweep 'none'; valid: .*kv_downsample, .*models, .*resolution, .*topk"),
         ("run_all", "--only topk,none", "unknown sweep 'none'; valid: .*topk"),
         ("run_all", "--only=", "--only names no sweep; valid: .*topk"),
@@ -108,11 +111,11 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("ablations", "contrast a b", "invalid choice: 'contrast' .*compare"),
         ("ablations", "compare a", "the following arguments are required: B"),
         ("ablations", "compare none.csv none.csv", "none.csv: no results there; give a results folder or a CSV"),
-        ("ablations", f"compare {ROOT / 'README.md'} none", "README.md"),
+        ("ablations", f"compare {quote(str(ROOT / 'README.md'))} none", "README.md"),
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], which: str, arguments: str, message: str) -> None:
-    assert re.search(message, refused(capsys, which, *arguments.split()))
+    assert re.search(message, refused(capsys, which, *shlex.split(arguments)))
 
 
 @pytest.mark.parametrize("which", ["profiling", "run_all"])

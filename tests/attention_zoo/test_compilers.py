@@ -8,6 +8,7 @@ import torch
 
 from attention_zoo import Unsupported, build
 from attention_zoo.core import compilers
+from attention_zoo.ops import flex_backend
 from profiling.cases.case import Case
 from profiling.execution.benchmark import Job, prepare
 
@@ -34,7 +35,22 @@ def test_no_compiler(device: str, kind: str, package: str, monkeypatch: pytest.M
 @pytest.mark.parametrize(("variable", "device"), [("CXX", "cpu"), ("CC", "cuda")])
 def test_a_compiler_that_is_not_there(variable: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "no-such-compiler")
-    assert f"{variable}=no-such-compiler: No such file or directory" in str(compilers.missing(device))
+    assert f" and {variable}=no-such-compiler: " in str(compilers.missing(device))
+
+
+@pytest.mark.parametrize("mark", [" ", "'"])
+def test_a_path_that_pytorch_cannot_pass_to_a_compiler(
+    compiler: None, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__file__", f"/a{mark}b/torch/__init__.py")
+    assert f"from a path with {mark!r}: /a{mark}b/torch" in str(compilers.missing("cpu"))
+    assert compilers.missing("cuda") is None
+
+
+def test_flex_needs_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex_backend, "VECTORS", "NEON")
+    with torch.no_grad(), pytest.raises(Unsupported, match=r"FlexAttention needs a CPU with AVX2, .* uses NEON here"):
+        build("neighborhood", dim=64, num_heads=2, impl="flex")(torch.zeros(1, 8, 8, 64))
 
 
 def test_no_headers(compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
