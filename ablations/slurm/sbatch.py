@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -125,7 +126,7 @@ class Queue:
         # Options unknown to submitit go to sbatch unchanged, which validates them.
         other = {name: value for name, value in self.args.items() if name not in known}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        args["setup"] = [f"export PYTHONPATH={path}", *args.get("setup", [])]
+        args["setup"] = [f"export PYTHONPATH={shlex.quote(path)}", *args.get("setup", [])]
         try:
             executor.update_parameters(**args, additional_parameters=other, job_name=self.name, comment=str(submission))
         except (ValueError, TypeError) as problem:
