@@ -271,6 +271,8 @@ def test_replicates_get_a_fork_server_each_and_pages_are_written(
 ) -> None:
     folder = with_peaks(tmp_path / "results")
     monkeypatch.setenv("CAMPAIGN_SERVERS", str(tmp_path / "servers"))
+    # The shell of a task must take it as one word.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "it's a folder"))
     planned = sweep.replace(of(("task_served",), 1), axes={"name": ("task_served",), "dim": (8, 16)}, fixed={
         "grid": 4, "num_heads": 2
     })  # fmt: skip
