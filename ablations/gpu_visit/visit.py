@@ -212,8 +212,9 @@ def _use_caches(out: Path, packed: Path | None) -> None:
         (out / "cache" / name).mkdir(parents=True, exist_ok=True)
     if packed:
         with tarfile.open(packed) as tar:
-            # Python 3.11.2, which Debian 12 has, knows no filter.
-            tar.extractall(out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+            # Not as an argument, which Python 3.11.2, that of Debian 12, does not know.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(out)
 
 
 def _pack(folder: Path, tar: Path, caches: bool = False) -> None:

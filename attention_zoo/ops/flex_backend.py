@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,24 @@ from attention_zoo.core import compilers
 SMALLEST_HEAD = 16
 VECTORS = torch.backends.cpu.get_cpu_capability()
 """The vector instructions of this CPU; found here, since a compiler cannot trace the question."""
+VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
+
+
+def compiled() -> Callable[..., Tensor]:
+    """``flex_attention`` as one kernel."""
+    if torch.compiler.is_compiling():
+        # It is compiled with what surrounds it.
+        return flex_attention
+    return _compiled()
 
 
 @cache
-def compiled() -> Callable[..., Tensor]:
-    """``flex_attention`` as one kernel."""
+def _compiled() -> Callable[..., Tensor]:
     # Uncompiled FlexAttention silently materialises all scores of the grid; fullgraph forbids that fallback.
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    # The option says what PyTorch chooses anyway. It is there for the key of PyTorch's cache of compiled code, which
+    # lacks it: code for AVX-512 is found again and gives wrong results on a CPU with AVX2 that shares the cache.
+    options: dict[str, Any] = {"cpp.simdlen": VECTOR_BITS[VECTORS]} if VECTORS in VECTOR_BITS else {}
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True, options=options)
 
 
 def unsupported(x: Tensor, head_dim: int, gradients: bool) -> str | None:

@@ -1,5 +1,8 @@
 """Without a compiler and Python's headers, what must be compiled is refused with a reason, and auto takes the rest."""
 
+import os
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -11,6 +14,8 @@ from attention_zoo.core import compilers
 from attention_zoo.ops import flex_backend
 from profiling.cases.case import Case
 from profiling.execution.benchmark import Job, prepare
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +77,25 @@ def test_headers_that_the_environment_names(compiler: None, monkeypatch: pytest.
     monkeypatch.setenv("CPATH", sysconfig.get_path("include", "posix_prefix"))
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     assert compilers.missing("cpu") is None and compilers.missing("cuda") is None
+
+
+AGREES = """
+import torch
+from attention_zoo import build
+options = dict(dim=16, num_heads=4, kernel_size=3)
+reference, fast = (build("neighborhood", impl=impl, **options) for impl in ("reference", "flex"))
+fast.load_state_dict(reference.state_dict())
+with torch.no_grad():
+    x = torch.randn(2, 8, 8, 16)
+    torch.testing.assert_close(fast(x), reference(x), rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(flex_backend.VECTORS != "AVX512", reason="it compiles for AVX-512")
+def test_a_cpu_does_not_run_what_is_compiled_for_another(compiler: None, tmp_path: Path) -> None:
+    """Two kinds of CPU that share PyTorch's cache, as nodes of a cluster may."""
+    for vectors in ("avx512", "avx2"):
+        here = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "ATEN_CPU_CAPABILITY": vectors}
+        done = subprocess.run([sys.executable, "-c", AGREES], env=here, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
