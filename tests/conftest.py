@@ -148,16 +148,14 @@ def _poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return poisoned
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compiler() -> None:
     """For tests that compile: skipped where no compiler is installed, or this CPU has no FlexAttention."""
     from attention_zoo.core import compilers
     from attention_zoo.ops import flex_backend
 
-    if reason := compilers.missing("cpu") or compilers.missing("cuda"):
+    if reason := flex_backend.unsupported(torch.zeros(1), 16, gradients=False) or compilers.missing("cuda"):
         pytest.skip(reason)
-    if not flex_backend.VECTORS.startswith("AVX"):
-        pytest.skip(f"FlexAttention needs AVX2, and PyTorch uses {flex_backend.VECTORS} here")
 
 
 @pytest.fixture(scope="session", autouse=True)

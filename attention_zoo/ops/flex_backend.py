@@ -15,6 +15,7 @@ SMALLEST_HEAD = 16
 VECTORS = torch.backends.cpu.get_cpu_capability()
 """The vector instructions of this CPU; found here, since a compiler cannot trace the question."""
 VECTOR_BITS = {"AVX2": 256, "AVX512": 512}
+"""The width of those that FlexAttention runs with on a CPU."""
 
 
 def compiled() -> Callable[..., Tensor]:
@@ -42,7 +43,7 @@ def unsupported(x: Tensor, head_dim: int, gradients: bool) -> str | None:
         return f"FlexAttention has no backward pass on {x.device.type}; valid there: steps under torch.no_grad()"
     if x.dtype == torch.float64:
         return "FlexAttention's kernels do not run in fp64"
-    if x.device.type == "cpu" and not VECTORS.startswith("AVX"):
+    if x.device.type == "cpu" and VECTORS not in VECTOR_BITS:
         return f"FlexAttention needs a CPU with AVX2, and PyTorch uses {VECTORS} here"
     if x.is_cuda and head_dim < SMALLEST_HEAD:
         return f"FlexAttention needs at least {SMALLEST_HEAD} channels per head, not {head_dim}"

@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from shlex import quote
 
 import pytest
 from commands import PLUGINS, ROOT, SMALL, Main, outcome
@@ -86,7 +85,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("profiling", "--trace /dev/null/x", "--trace /dev/null/x: no permission to write there"),
         ("profiling", "--plugin none.py", "plugin .*none.py: not a Python file"),
         ("profiling", f"--plugin {'x' * 300}", "plugin .*xxx: not a Python file"),
-        ("profiling", f"--plugin {quote(FAULTS)} --attention fault_flags", "option 'mode' .* taken: .*--mode"),
+        ("profiling", f"--plugin {shlex.quote(FAULTS)} --attention fault_flags", "option 'mode' .* taken: .*--mode"),
         ("run_all", "--only none", "unknown sweep 'none'; valid: .*kv_downsample, .*models, .*resolution, .*topk"),
         ("run_all", "--only topk,none", "unknown sweep 'none'; valid: .*topk"),
         ("run_all", "--only=", "--only names no sweep; valid: .*topk"),
@@ -111,7 +110,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("ablations", "contrast a b", "invalid choice: 'contrast' .*compare"),
         ("ablations", "compare a", "the following arguments are required: B"),
         ("ablations", "compare none.csv none.csv", "none.csv: no results there; give a results folder or a CSV"),
-        ("ablations", f"compare {quote(str(ROOT / 'README.md'))} none", "README.md"),
+        ("ablations", f"compare {shlex.quote(str(ROOT / 'README.md'))} none", "README.md"),
     ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], which: str, arguments: str, message: str) -> None:

@@ -1,6 +1,7 @@
 """Without a compiler and Python's headers, what must be compiled is refused with a reason, and auto takes the rest."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -34,8 +35,13 @@ def test_nothing_is_missing_with_compilers_and_headers(compiler: None) -> None:
 @pytest.mark.parametrize(("device", "kind", "package"), [("cpu", r"C\+\+", r"g\+\+"), ("cuda", "C", "gcc")])
 def test_no_compiler(device: str, kind: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(Unsupported, match=f"compiled=True: .* a {kind} compiler .*none; .*apt install {package} "):
-        prepare(Job(Case("bra", 8, 8, dim=16, compiled=True, device=device)))
+    assert re.search(f"needs a {kind} compiler .*none; .*apt install {package} ", str(compilers.missing(device)))
+
+
+def test_a_compiled_cell_without_a_compiler_is_unsupported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Unsupported, match=r"compiled=True: .* needs a C\+\+ compiler .*none; "):
+        prepare(Job(Case("bra", 8, 8, dim=16, compiled=True)))
 
 
 @pytest.mark.parametrize(("variable", "device"), [("CXX", "cpu"), ("CC", "cuda")])
