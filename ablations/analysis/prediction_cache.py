@@ -17,7 +17,17 @@ from profiling.execution.benchmark import Job
 from profiling.execution.child_process import Outcome
 from profiling.execution.static_analysis import analyze_batch
 
-FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vision-attention-bench"
+
+def user_folder() -> Path | None:
+    """The folder of this user's kept predictions. None without a home directory, as for a container's unnamed user."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return cache / "vision-attention-bench"
+
+
+FOLDER = user_folder()
 LASTING = ("ok", "unsupported", "error")
 """Outcomes that would be the same again; a timeout may not be."""
 
@@ -29,7 +39,7 @@ def analyze(jobs: Sequence[Job]) -> Iterator[Outcome]:
     PyTorch and processor. Those of plugins, whose code may import other files, are not kept. A folder that cannot be
     used is as none.
     """
-    if not jobs or any(job.plugins for job in jobs):
+    if FOLDER is None or not jobs or any(job.plugins for job in jobs):
         yield from analyze_batch(jobs)
         return
     path = FOLDER / f"{_digest(jobs)}.json"

@@ -1,10 +1,11 @@
-"""The C and C++ compilers that PyTorch and Triton run when they compile a kernel."""
+"""What PyTorch and Triton need to compile a kernel: a C or C++ compiler, and a folder for the result."""
 
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from functools import cache
 
 import torch
@@ -40,6 +41,25 @@ def _missing(language: str) -> str | None:
     except OSError as problem:
         return f"{needs}, and {variable}={compiler}: {problem.strerror}; {mend}"
     return f"{needs}, and {compiler} does not find Python.h; {mend}" if result.returncode else None
+
+
+def no_room_for_triton() -> str | None:
+    """Why Triton cannot keep the kernels that it compiles; None if it can. It runs them from files only."""
+    return None if torch.compiler.is_compiling() else _no_room_for_triton()
+
+
+@cache
+def _no_room_for_triton() -> str | None:
+    from triton import knobs
+
+    folder = knobs.cache.dir
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as problem:
+        mend = "set TRITON_CACHE_DIR to a folder that can be written"
+        return f"its kernels are compiled here, into {folder}: {problem.strerror}; {mend}"
+    return None
 
 
 def _found(language: str) -> str | None:

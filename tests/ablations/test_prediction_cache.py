@@ -80,3 +80,19 @@ def test_an_outcome_that_may_change_is_not_kept(monkeypatch: pytest.MonkeyPatch,
 def test_a_folder_that_cannot_be_written_is_as_none(analyzed: list[Sequence[Job]], folder: Path) -> None:
     folder.write_text("a file")
     assert len(list(prediction_cache.analyze(JOBS))) == 2
+
+
+def test_a_user_without_a_home_keeps_nothing(
+    analyzed: list[Sequence[Job]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert prediction_cache.user_folder() == tmp_path / "vision-attention-bench"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(prediction_cache, "FOLDER", prediction_cache.user_folder())
+    for _ in range(2):
+        assert len(list(prediction_cache.analyze(JOBS))) == 2
+    assert len(analyzed) == 2

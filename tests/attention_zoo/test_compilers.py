@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test before has found is asked for again, and PyTorch lies where it can compile."""
-    monkeypatch.setattr(compilers, "_missing", compilers._missing.__wrapped__)
+    for asked in ("_missing", "_no_room_for_triton"):
+        monkeypatch.setattr(compilers, asked, getattr(compilers, asked).__wrapped__)
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(torch, "__file__", "/torch/__init__.py")
@@ -83,6 +84,17 @@ def test_headers_that_the_environment_names(compiler: None, monkeypatch: pytest.
     monkeypatch.setenv("CPATH", sysconfig.get_path("include", "posix_prefix"))
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     assert compilers.missing("cpu") is None and compilers.missing("cuda") is None
+
+
+def test_a_folder_that_triton_cannot_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that runs as its host's user, whose home is the root folder."""
+    pytest.importorskip("triton")
+    folder = tmp_path / "file" / "cache"
+    folder.parent.touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
+    assert re.search(f"into {folder}: .*; set TRITON_CACHE_DIR to a ", str(compilers.no_room_for_triton()))
+    folder.parent.unlink()
+    assert compilers.no_room_for_triton() is None and not list(folder.iterdir())
 
 
 AGREES = """
