@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +96,25 @@ def test_a_folder_that_triton_cannot_write(monkeypatch: pytest.MonkeyPatch, tmp_
     assert re.search(f"into {folder}: .*; set TRITON_CACHE_DIR to a ", str(compilers.no_room_for_triton()))
     folder.parent.unlink()
     assert compilers.no_room_for_triton() is None and not list(folder.iterdir())
+
+
+class OnGPU(torch.Tensor):
+    """Says that it is on a GPU, where there is none."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("variable", ["CC", "TRITON_CACHE_DIR"])
+def test_on_a_gpu_triton_needs_both(
+    compiler: None, variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    x, bra = torch.zeros(1).as_subclass(OnGPU), build("bra", dim=64, num_heads=2)
+    assert bra.unsupported("triton", x) is None
+    monkeypatch.setenv(variable, "/dev/null/none")
+    assert "/dev/null/none: " in str(bra.unsupported("triton", x))
 
 
 AGREES = """
