@@ -154,7 +154,7 @@ def compiler() -> None:
     from attention_zoo.core import compilers
     from attention_zoo.ops import flex_backend
 
-    if reason := flex_backend.unsupported(torch.zeros(1), 16, gradients=False) or compilers.missing("cuda"):
+    if reason := flex_backend.unsupported(torch.zeros(1), 16, gradients=False) or compilers.pytorch_lacks("cuda"):
         pytest.skip(reason)
 
 

@@ -69,7 +69,7 @@ def _digest(jobs: Sequence[Job]) -> str:
     device = jobs[0].case.device
     here = (
         code(), torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(),
-        compilers.missing(device),
+        compilers.pytorch_lacks(device),
     )  # fmt: skip
     cases = [job.case.key("", "") for job in jobs]
     return hashlib.sha256(repr((here, environment.check_device(device), cases)).encode()).hexdigest()[:24]

@@ -13,18 +13,30 @@ import torch
 INSTALL = {"c": "apt install gcc python3-dev", "c++": "apt install g++ python3-dev"}
 
 
-def missing(device: str) -> str | None:
-    """What PyTorch and Triton lack here to compile a kernel for ``device``; None if nothing.
+def pytorch_lacks(device: str) -> str | None:
+    """Why PyTorch cannot compile a kernel for ``device`` here; None if it can.
 
     For a CPU, PyTorch writes C++. For a GPU, Triton writes the part of a kernel that launches it in C. Both include
     Python.h, which the Python of Debian and Ubuntu has in a package of its own.
     """
-    # A compiler that traces this was found before, and cannot trace how.
-    return None if torch.compiler.is_compiling() else _missing("c++" if device == "cpu" else "c")
+    if torch.compiler.is_compiling():
+        # What traces this was found before, and cannot trace how.
+        return None
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()
+    return _no_compiler("c++" if device == "cpu" else "c") or _no_room(folder, "TORCHINDUCTOR_CACHE_DIR")
+
+
+def triton_lacks() -> str | None:
+    """Why Triton cannot compile our kernels for a GPU here; None if it can."""
+    if torch.compiler.is_compiling():
+        return None
+    from triton import knobs
+
+    return _no_compiler("c") or _no_room(knobs.cache.dir, "TRITON_CACHE_DIR")
 
 
 @cache
-def _missing(language: str) -> str | None:
+def _no_compiler(language: str) -> str | None:
     if language == "c++" and (unsafe := set(" '\"") & set(torch.__file__)):
         written = " and ".join(sorted(map(repr, unsafe)))
         return f"it is compiled here, and PyTorch compiles for no CPU from a path with {written}: {torch.__file__}"
@@ -43,22 +55,18 @@ def _missing(language: str) -> str | None:
     return f"{needs}, and {compiler} does not find Python.h; {mend}" if result.returncode else None
 
 
-def no_room_for_triton() -> str | None:
-    """Why Triton cannot keep the kernels that it compiles; None if it can. It runs them from files only."""
-    return None if torch.compiler.is_compiling() else _no_room_for_triton()
-
-
 @cache
-def _no_room_for_triton() -> str | None:
-    from triton import knobs
-
-    folder = knobs.cache.dir
+def _no_room(folder: str, variable: str) -> str | None:
+    """Why ``folder`` cannot hold compiled code, which runs from files only; ``variable`` names another folder."""
+    mend = f"set {variable} to a folder that can be written and is not mounted noexec"
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
-        mend = "set TRITON_CACHE_DIR to a folder that can be written"
-        return f"its kernels are compiled here, into {folder}: {problem.strerror}; {mend}"
+        return f"it is compiled here, into {folder}: {problem.strerror}; {mend}"
+    # As Docker mounts a tmpfs, and many clusters /tmp.
+    if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+        return f"it is compiled here, into {folder}, which is mounted noexec; {mend}"
     return None
 
 

@@ -47,4 +47,4 @@ def unsupported(x: Tensor, head_dim: int, gradients: bool) -> str | None:
         return f"FlexAttention needs a CPU with AVX2, and PyTorch uses {VECTORS} here"
     if x.is_cuda and head_dim < SMALLEST_HEAD:
         return f"FlexAttention needs at least {SMALLEST_HEAD} channels per head, not {head_dim}"
-    return compilers.missing(x.device.type)
+    return compilers.pytorch_lacks(x.device.type)

@@ -161,7 +161,7 @@ def compile_in_process() -> None:
 
 def check_compiler(device: str) -> None:
     """Raise Unsupported unless torch.compile can compile for ``device`` here."""
-    if reason := compilers.missing(device):
+    if reason := compilers.pytorch_lacks(device):
         raise Unsupported(f"compiled=True: {reason}")
 
 

@@ -1,4 +1,4 @@
-"""Without a compiler and Python's headers, what must be compiled is refused with a reason, and auto takes the rest."""
+"""Without a compiler, Python's headers or a folder for the result, what must be compiled is refused with a reason."""
 
 import os
 import re
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test before has found is asked for again, and PyTorch lies where it can compile."""
-    for asked in ("_missing", "_no_room_for_triton"):
+    for asked in ("_no_compiler", "_no_room"):
         monkeypatch.setattr(compilers, asked, getattr(compilers, asked).__wrapped__)
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
@@ -31,13 +31,13 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_is_missing_with_compilers_and_headers(compiler: None) -> None:
-    assert compilers.missing("cpu") is None and compilers.missing("cuda") is None
+    assert compilers.pytorch_lacks("cpu") is None and compilers.pytorch_lacks("cuda") is None
 
 
 @pytest.mark.parametrize(("device", "kind", "package"), [("cpu", r"C\+\+", r"g\+\+"), ("cuda", "C", "gcc")])
 def test_no_compiler(device: str, kind: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert re.search(f"needs a {kind} compiler .*none; .*apt install {package} ", str(compilers.missing(device)))
+    assert re.search(f"needs a {kind} compiler .*none; .*apt install {package} ", str(compilers.pytorch_lacks(device)))
 
 
 def test_a_compiled_cell_without_a_compiler_is_unsupported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_compiled_cell_without_a_compiler_is_unsupported(monkeypatch: pytest.M
 @pytest.mark.parametrize(("variable", "device"), [("CXX", "cpu"), ("CC", "cuda")])
 def test_a_compiler_that_is_not_there(variable: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "no-such-compiler")
-    assert f" and {variable}=no-such-compiler: " in str(compilers.missing(device))
+    assert f" and {variable}=no-such-compiler: " in str(compilers.pytorch_lacks(device))
 
 
 @pytest.mark.parametrize("mark", [" ", "'"])
@@ -57,8 +57,8 @@ def test_a_path_that_pytorch_cannot_pass_to_a_compiler(
     compiler: None, mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "__file__", f"/a{mark}b/torch/__init__.py")
-    assert f"from a path with {mark!r}: /a{mark}b/torch" in str(compilers.missing("cpu"))
-    assert compilers.missing("cuda") is None
+    assert f"from a path with {mark!r}: /a{mark}b/torch" in str(compilers.pytorch_lacks("cpu"))
+    assert compilers.pytorch_lacks("cuda") is None
 
 
 def test_flex_needs_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_flex_needs_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_headers(compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
     for device in ("cpu", "cuda"):
-        assert "does not find Python.h; on Debian and Ubuntu: apt install g" in str(compilers.missing(device))
+        assert "does not find Python.h; on Debian and Ubuntu: apt install g" in str(compilers.pytorch_lacks(device))
     x = torch.zeros(1, 8, 8, 64)
     for name in ("bra", "neighborhood"):
         options = {"n_win": 2, "topk": 1} if name == "bra" else {}
@@ -84,18 +84,39 @@ def test_no_headers(compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_headers_that_the_environment_names(compiler: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CPATH", sysconfig.get_path("include", "posix_prefix"))
     monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
-    assert compilers.missing("cpu") is None and compilers.missing("cuda") is None
+    assert compilers.pytorch_lacks("cpu") is None and compilers.pytorch_lacks("cuda") is None
 
 
-def test_a_folder_that_triton_cannot_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+LACKS = {"TRITON_CACHE_DIR": compilers.triton_lacks, "TORCHINDUCTOR_CACHE_DIR": lambda: compilers.pytorch_lacks("cpu")}
+
+
+@pytest.fixture(params=sorted(LACKS))
+def variable(request: pytest.FixtureRequest) -> str:
+    if request.param == "TRITON_CACHE_DIR":
+        pytest.importorskip("triton")
+    return str(request.param)
+
+
+def test_a_folder_that_cannot_be_written(
+    compiler: None, variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """As in a container that runs as its host's user, whose home is the root folder."""
-    pytest.importorskip("triton")
     folder = tmp_path / "file" / "cache"
     folder.parent.touch()
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
-    assert re.search(f"into {folder}: .*; set TRITON_CACHE_DIR to a ", str(compilers.no_room_for_triton()))
+    monkeypatch.setenv(variable, str(folder))
+    assert re.search(f"into {folder}: .*; set {variable} to a ", str(LACKS[variable]()))
     folder.parent.unlink()
-    assert compilers.no_room_for_triton() is None and not list(folder.iterdir())
+    assert LACKS[variable]() is None and not list(folder.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "ST_NOEXEC"), reason="this system does not say how a folder is mounted")
+def test_a_folder_that_code_cannot_run_from(
+    compiler: None, variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As a container's /tmp, if Docker mounts it as a tmpfs."""
+    monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID))
+    assert f"into {tmp_path}, which is mounted noexec; set {variable} to a " in str(LACKS[variable]())
 
 
 class OnGPU(torch.Tensor):

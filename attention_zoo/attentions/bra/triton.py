@@ -61,7 +61,7 @@ def unsupported(bra: "BiLevelRoutingAttention", x: Tensor) -> str | None:
         major = torch.cuda.get_device_properties(x.device).major
         if major < 8:
             return f"its kernels need compute capability 8.0, and this device has {major}.x"
-        return compilers.missing("cuda") or compilers.no_room_for_triton()
+        return compilers.triton_lacks()
     if bra.impl == "triton" and INTERPRETED and x.device.type == "cpu":
         return None
     return f"its kernels do not run on {x.device.type}, except to be checked, with TRITON_INTERPRET=1"
