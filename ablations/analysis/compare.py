@@ -229,5 +229,5 @@ def _shown(value: object) -> str:
 def _is_sweep(path: Path) -> bool:
     if not path.is_file():
         return False
-    with path.open(errors="replace") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         return file.readline().startswith(f"{KEY[0]},{KEY[1]},")

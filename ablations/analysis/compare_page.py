@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from ablations.analysis.compare import ONE_PROCESS, Comparison
 
@@ -21,7 +21,8 @@ def show(result: Comparison, console: Console) -> None:
         console.print(table)
     noteworthy = _noteworthy(result)
     if len(noteworthy):
-        table = Table("verdict", "B / A", "interval", "cell", title="Cells that differ, or may")
+        columns = "verdict", "B / A", "interval", Column("cell", overflow="fold")
+        table = Table(*columns, title="Cells that differ, or may")
         for cell in noteworthy.itertuples():
             ratio = "" if pd.isna(cell.ratio) else f"{cell.ratio:.2f}"
             interval = "" if pd.isna(cell.ratio) else f"{cell.ratio_low:.2f} to {cell.ratio_high:.2f}"

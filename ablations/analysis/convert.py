@@ -22,7 +22,7 @@ def convert(path: Path) -> bool:
     Raises:
         SchemaError: it holds other columns too, or a value that the schema does not allow.
     """
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     names = [RENAMED.get(name, name) for name in header]
     if unknown := sorted(set(names) - {*COLUMNS, *DROPPED}):
@@ -35,7 +35,7 @@ def convert(path: Path) -> bool:
         return False
     concurrent = path.with_suffix(".tmp")
     try:
-        with concurrent.open("w", newline="") as file:
+        with concurrent.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows(converted)
@@ -59,6 +59,6 @@ def result_files(path: Path) -> Iterator[Path]:
     for file in [path] if path.is_file() else sorted(path.rglob("*.csv")):
         if not file.is_file():
             continue
-        with file.open(errors="replace") as lines:
+        with file.open(encoding="utf-8", errors="replace") as lines:
             if lines.readline().startswith(f"{KEY[0]},{KEY[1]},"):
                 yield file

@@ -55,7 +55,7 @@ class SideProcess:
         script = own or Path(__file__).with_name("interleave_side.py")
         path = os.pathsep.join(filter(None, [str(side.root), os.environ.get("PYTHONPATH")]))
         # Closed by close().
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         # -P: the folder of the script is no place to import from.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,

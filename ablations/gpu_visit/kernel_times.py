@@ -97,7 +97,7 @@ def _run(arguments: list[str]) -> int:
     if args.all:
         contestants += [("bra", "reference", "own"), ("bra_pregathered", "sdpa", ""),
                         ("bra_pregathered", "sdpa", NO_CUDNN), ("window", "sdpa", "")]  # fmt: skip
-    with args.out.open("w", newline="") as file:
+    with args.out.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for shape in SHAPES:

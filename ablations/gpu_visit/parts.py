@@ -132,7 +132,7 @@ def correctness(visit: Visit, seconds: float) -> str:
     workers = str(AT_ONCE if visit.device == "cuda" else 2)
     command = ["-m", "pytest", "-n", workers, "-p", "no:cacheprovider", "--tb=short", "-rfE", "--durations=10"]
     code = _python(visit, seconds, *command, f"--junitxml={visit.out / 'log' / 'correctness.xml'}", *tests)
-    lines = (visit.out / "log" / "correctness.txt").read_text(errors="replace").splitlines()
+    lines = (visit.out / "log" / "correctness.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     message = next((line for line in reversed(lines) if " passed" in line or " failed" in line or " error" in line), "")
     if code:
         broken = [line for line in lines if line.startswith(("FAILED", "ERROR"))]

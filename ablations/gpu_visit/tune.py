@@ -184,7 +184,7 @@ def tune(kernels: Mapping[str, Sequence[Launch]], half: bool, clock: Clock, minu
 
 def write(trials: Sequence[Trial], path: Path) -> None:
     """Write one line per trial: kernel, tile, time at each shape, and the reason if there is none."""
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         shapes = ["x".join(map(str, shape)) + "_ms" for shape in SHAPES]
         writer.writerow(["kernel", "half", "width", *CHOICES, *shapes, "reason"])

@@ -99,7 +99,7 @@ class Store:
 
 def read(path: Path) -> Iterator[list[str]]:
     """Yield the rows of a file as text, without an incomplete last line; nothing if there is no file."""
-    with contextlib.suppress(FileNotFoundError), path.open(newline="") as file:
+    with contextlib.suppress(FileNotFoundError), path.open(encoding="utf-8", newline="") as file:
         whole = (line for line in file if line.endswith("\n"))
         for number, text in enumerate(csv.reader(whole)):
             if number:

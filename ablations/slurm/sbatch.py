@@ -112,7 +112,7 @@ class Queue:
     def last_words(self) -> str:
         """Return the last error in the logs of the tasks, and the path of the log."""
         logs = sorted((self.folder / "logs").glob("*.err"), key=lambda path: path.stat().st_mtime)
-        said = last_error(logs[-1].read_text(errors="replace").splitlines()) if logs else "nothing"
+        said = last_error(logs[-1].read_text(encoding="utf-8", errors="replace").splitlines()) if logs else "nothing"
         return f"{said} ({logs[-1] if logs else self.folder})"
 
     def _executor(self, submission: int) -> Any:

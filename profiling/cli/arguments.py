@@ -1,6 +1,7 @@
 """Command lines that report invalid input in one line."""
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,9 @@ def run_reporting(run: Callable[[], int], *expected: type[Exception]) -> int:
 
     These are InvalidOption, Unsupported, SchemaError, OSError and the exceptions in ``expected``.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character, such as rich's ellipsis in ASCII, is no reason to fail.
+        sys.stdout.reconfigure(errors="replace")
     mendable: tuple[type[Exception], ...] = (InvalidOption, Unsupported, SchemaError, OSError, *expected)
     try:
         return run()

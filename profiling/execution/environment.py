@@ -38,7 +38,7 @@ def available_bytes(device: str) -> int:
     """Memory that a cell may use: free on the GPU, or free on the machine within its control groups and Slurm job."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    meminfo = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/meminfo").read_text())) if _linux() else {}
+    meminfo = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/meminfo").read_text(encoding="utf-8"))) if _linux() else {}
     free = int(meminfo.get("MemAvailable", 0)) * 1024 or 8 << 30
     return min([free, *_free_in_groups(), *_slurm_limits(os.environ)])
 
@@ -127,7 +127,7 @@ def gpu_state() -> dict[str, Any]:
 def _of_this_run(pid: int) -> bool:
     """Whether a process was forked from the same server as this one."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) == os.getppid()
+        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1]) == os.getppid()
     except (OSError, ValueError):
         return pid == os.getpid()
 
@@ -163,7 +163,7 @@ def _given_commit(variables: Mapping[str, str]) -> tuple[str | None, bool | None
 
 
 def _cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    facts = dict(re.findall(r"(\w[\w ]*?)\s*: *(.+)", cpuinfo.read_text())) if cpuinfo.exists() else {}
+    facts = dict(re.findall(r"(\w[\w ]*?)\s*: *(.+)", cpuinfo.read_text(encoding="utf-8"))) if cpuinfo.exists() else {}
     name = " ".join(facts.get("model name", "").split())
     if name and not re.search(r"\d", name) and "cpu family" in facts:
         # Virtual machines hide the number of the model, and CPUs of different speed would share a name.

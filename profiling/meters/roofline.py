@@ -51,7 +51,7 @@ def stored(folder: Path, device: str, ask: Callable[..., Peaks]) -> Peaks:
     if not path.exists():
         peaks = ask(measure_peaks, device)
         beside = path.with_suffix(".tmp")
-        with beside.open("w", newline="") as file:
+        with beside.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(HEADER)
             writer.writerows(
@@ -59,7 +59,7 @@ def stored(folder: Path, device: str, ask: Callable[..., Peaks]) -> Peaks:
             )
         beside.replace(path)
     try:
-        with path.open(newline="") as file:
+        with path.open(encoding="utf-8", newline="") as file:
             peaks = {line["what"]: float(line["per_second"]) for line in csv.DictReader(file)}
     except (KeyError, TypeError, ValueError) as problem:
         raise SchemaError(f"{path} holds no peaks ({problem!r}); remove it, and they are measured anew") from problem

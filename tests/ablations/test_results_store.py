@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from commands import ROOT
 
 from ablations.harness import results_store as store_module
 from ablations.harness.local_runner import Launcher, Settings
@@ -133,6 +136,37 @@ def test_a_torn_last_line_is_cut_off_at_every_byte(tmp_path: Path) -> None:
         assert not again.finished(case(14).key("s", DEVICE))
     again.append(row(28))
     assert heights(path) == [7, 28]
+
+
+RETRY = """
+import sys
+from pathlib import Path
+from test_results_store import Store, row
+from profiling.cli.arguments import run_reporting
+
+def retry():
+    store = Store(Path(sys.argv[1]))
+    store.append(row(7, "error", reason=chr(0xBD)))
+    print(store.frame()["reason"].str.cat())
+    return 0
+
+run_reporting(retry)
+"""
+
+
+def test_a_locale_that_knows_ascii_only(tmp_path: Path) -> None:
+    """Files are read as they were written; what cannot be printed is a question mark."""
+    opened = Store(tmp_path / "s.csv")
+    opened.append(row(7, "error", reason="½"))
+    opened.append(row(14, "error", reason="µ"))
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
+    path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    done = subprocess.run(
+        [sys.executable, "-c", RETRY, str(opened.path)], env=os.environ | ascii_only | {"PYTHONPATH": path},
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == b"??\n", done.stderr
+    assert set(load(opened.path)["reason"]) == {"½", "µ"}
 
 
 @pytest.mark.parametrize("end", [0, 1, len(HEADER) // 2, len(HEADER) - 1])
