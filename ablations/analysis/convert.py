@@ -20,10 +20,13 @@ def convert(path: Path) -> bool:
     The new file is validated by the schema, then replaces the old one atomically.
 
     Raises:
-        SchemaError: it holds other columns too, or a value that the schema does not allow.
+        SchemaError: it is not a table in UTF-8, holds other columns too, or a value that the schema does not allow.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *rows = csv.reader(file)
+    except (csv.Error, UnicodeDecodeError) as problem:
+        raise SchemaError(f"{path} is not a results file: {problem}") from problem
     names = [RENAMED.get(name, name) for name in header]
     if unknown := sorted(set(names) - {*COLUMNS, *DROPPED}):
         raise SchemaError(f"{path} holds columns that no schema of this suite had: {', '.join(unknown)}")

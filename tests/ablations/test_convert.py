@@ -53,6 +53,14 @@ def test_a_flag_by_an_older_rule_is_stated_anew(tmp_path: Path) -> None:
     assert load(path)["macs_agree"].tolist() == [True]
 
 
+@pytest.mark.parametrize("damage", [b"\xbd", b"x" * 200_000], ids=["not UTF-8", "too long a field"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: bytes) -> None:
+    path = older(tmp_path / "s.csv")
+    path.write_bytes(path.read_bytes() + damage)
+    with pytest.raises(SchemaError, match=f"{path} is not a results file: "):
+        convert(path)
+
+
 @pytest.mark.parametrize("changed", [{"mine": "1"}, {"status": "odd"}, {"macs_counted": "many"}])
 def test_file_that_cannot_be_converted_is_unchanged(tmp_path: Path, changed: dict[str, str]) -> None:
     path = older(tmp_path / "s.csv", **changed)
